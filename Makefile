@@ -1,0 +1,82 @@
+# Every target sets up .venv by itself from pyproject.toml at the versions of constraints.txt; nothing else is touched.
+# Needs make, git and a Python with venv and pip. On a TPU VM or a GPU machine add the matching extra:
+#   make reproduce EXTRAS=dev,report,tpu        (or cuda)
+
+PYTHON ?= python3
+EXTRAS ?= dev,report
+STUDY  ?= params/laptop/study.yaml
+UPGRADE ?=
+ARGS   ?=
+
+.DELETE_ON_ERROR:
+
+comma := ,
+VENV := .venv
+BIN  := $(VENV)/bin
+HERE := $(CURDIR)/$(VENV)/home
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
+
+# Only this checkout decides what runs: no interpreter downloads, no outer Python path, no outer Jupyter path.
+export UV_PYTHON_DOWNLOADS := never
+unexport PYTHONPATH PYTHONHOME JUPYTER_PATH JUPYTER_CONFIG_PATH
+
+# uv shares its cache between checkouts; where the home folder can't be written, the cache lies in .venv.
+ifndef UV_CACHE_DIR
+UV_CACHE_DIR := $(shell d="$${XDG_CACHE_HOME:-$${HOME:+$$HOME/.cache}}"; cache="$$d/uv"; \
+	while [ -n "$$d" ] && [ ! -e "$$d" ]; do d=$${d%/*}; done; \
+	if [ -n "$$d" ] && [ -w "$$d" ]; then echo "$$cache"; else echo "$(CURDIR)/$(VENV)/cache"; fi)
+endif
+export UV_CACHE_DIR
+
+.PHONY: help reproduce test lint lab bench constraints clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+
+reproduce: $(STAMP) ## run the laptop study and write its report; prints the report's path at the end
+	$(BIN)/nfnet study $(STUDY) $(ARGS)
+
+test: lint ## lint, then run every test
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP) ## check the code with ruff
+	$(BIN)/ruff check .
+
+lab: $(STAMP) ## open JupyterLab on notebooks/, reachable from this machine only
+	$(BIN)/jupyter-lab --ip=127.0.0.1 $(ARGS) notebooks
+
+bench: $(STAMP) ## run the benchmarks
+	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python "$$script" $(ARGS) || exit; done
+
+constraints: $(VENV)/.created ## refresh constraints.txt after editing pyproject.toml (UPGRADE=--upgrade renews every pin)
+	$(BIN)/uv --no-config pip compile pyproject.toml --quiet --universal --python-version 3.11 --all-extras \
+		--no-header --no-annotate --no-emit-index-url --no-emit-find-links $(UPGRADE) --output-file constraints.txt
+
+clean: ## remove .venv and caches; outputs/ stays
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A user's own Jupyter, IPython or matplotlib settings must not change results.
+reproduce test bench: export JUPYTER_CONFIG_DIR := $(HERE)/jupyter/config
+reproduce test bench: export JUPYTER_DATA_DIR := $(HERE)/jupyter/data
+reproduce test bench: export JUPYTER_RUNTIME_DIR := $(HERE)/jupyter/runtime
+reproduce test bench: export IPYTHONDIR := $(HERE)/ipython
+reproduce test bench: export MPLCONFIGDIR := $(HERE)/matplotlib
+reproduce test bench: export XDG_CACHE_HOME := $(HERE)/cache
+test: export JAX_PLATFORMS ?= cpu
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "error: PYTHON=$(PYTHON) is not Python 3.11 or newer; name one that is: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(PIP_INSTALL) uv || echo "uv can't be installed here: pip does the work, more slowly" >&2
+	@touch $@
+
+# Where Python may not write bytecode later, compile it now: a study starts many interpreters (9 s of imports, or 4).
+$(STAMP): pyproject.toml constraints.txt | $(VENV)/.created
+	@echo "installing [$(EXTRAS)] into $(VENV) (minutes the first time, seconds with a warm cache)"
+	@{ test -x $(BIN)/uv && $(BIN)/uv pip install --quiet --python $(BIN)/python \
+		$(if $(PYTHONDONTWRITEBYTECODE),--compile-bytecode) -c constraints.txt -e '.[$(EXTRAS)]'; } \
+		|| $(PIP_INSTALL) -e '.[$(EXTRAS)]'
+	@touch $@

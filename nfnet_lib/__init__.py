@@ -1,0 +1,8 @@
+"""NFNets at scale: the models, training, scaling fits and reports behind "ConvNets Match Vision Transformers at Scale".
+
+The package is flat: each module is one responsibility (see the table in README.md). Importing it is free: no JAX, no
+TensorFlow, no plotting; models and training import JAX where they are defined, analysis (configurations, records,
+scaling fits, figures) never does, so that a laptop without an accelerator opens results in about a second.
+"""
+
+__version__ = "0.1.0"

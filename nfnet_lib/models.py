@@ -1,0 +1,76 @@
+"""`create` builds a model by name; its parameters are a plain nested dict, apart from the model."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from nfnet_lib.nfnet import NFNet
+from nfnet_lib.variants import Variant, get_variant
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model definition without parameters.
+
+    variant: its architecture as data. num_classes: outputs of the head. settings: the overrides it was created with.
+    """
+
+    variant: Variant
+    num_classes: int
+    settings: dict[str, Any]
+    _build: Callable[[nnx.Rngs], nnx.Module]
+    _graphdef: Any
+    _state: Any  # abstract: shapes and dtypes only
+
+    def init(self, key: Key[Array, ""]) -> Params:
+        """Fresh float32 parameters: a nested dict; the repeated blocks of a stage are stacked on a leading axis."""
+        return nnx.to_pure_dict(nnx.state(self._build(nnx.Rngs(key)), nnx.Param))
+
+    def apply(
+        self, params: Params, images: Float[Array, "B H W 3"], *, train: bool = False, key: Key[Array, ""] | None = None
+    ) -> Float[Array, "B K"]:
+        """Float32 logits [B, num_classes] of normalised NHWC images. train=True: stochastic depth and dropout, from key."""
+        return self.apply_with_features(params, images, train=train, key=key)[0]
+
+    def apply_with_features(
+        self, params: Params, images: Float[Array, "B H W 3"], *, train: bool = False, key: Key[Array, ""] | None = None
+    ) -> tuple[Float[Array, "B K"], dict[str, Array]]:
+        """Logits, and {"features": pooled features [B, C], "signals": [blocks, 3] (see nfnet.signal_figures)}."""
+        state = jax.tree.unflatten(jax.tree.structure(self._state), jax.tree.leaves(params))
+        return nnx.merge(self._graphdef, state)(images, train=train, key=key)
+
+    def param_shapes(self) -> Params:
+        """The nested dict of `init` with jax.ShapeDtypeStruct leaves; nothing is computed."""
+        return nnx.to_pure_dict(self._state)
+
+
+def create(name: str, num_classes: int = 1000, **settings: Any) -> Model:
+    """The model called `name` (see variants.VARIANTS).
+
+    settings: stochdepth_rate, drop_rate (rates in [0, 1), default 0), bottleneck_rule ("published" | "released"),
+    dtype of the activations (default float32), unroll (blocks a scan step). ValueError for an unknown name, setting
+    or a value out of range.
+    """
+    variant = get_variant(name)
+    known = ("stochdepth_rate", "drop_rate", "bottleneck_rule", "dtype", "unroll")
+    for key in settings:
+        if key not in known:
+            raise ValueError(f"{key}: not a setting of a model; known: {', '.join(known)}")
+    if num_classes < 1:
+        raise ValueError(f"num_classes: {num_classes} is not at least 1")
+    for rate in ("stochdepth_rate", "drop_rate"):
+        if not 0 <= settings.get(rate, 0) < 1:
+            raise ValueError(f"{rate}: {settings[rate]} is not in [0, 1)")
+    variant.bottleneck(0, settings.get("bottleneck_rule", "published"))
+
+    def build(rngs: nnx.Rngs) -> NFNet:
+        return NFNet(variant, num_classes, rngs=rngs, **settings)
+
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+    return Model(variant, num_classes, settings, build, graphdef, state)

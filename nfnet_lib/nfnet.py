@@ -1,0 +1,301 @@
+"""NFNet: normaliser-free residual networks (Brock et al. 2021, arXiv 2102.06171; google-deepmind/deepmind-research nfnets/).
+
+How this differs from the release, none of it in the numbers:
+- The blocks of a stage after its first are one module whose parameters are stacked on a leading axis and applied by
+  `jax.lax.scan`: one compiled body a stage, so compile time hardly grows with depth. `unroll` unrolls that scan;
+  the parameter layout stays the same.
+- Flax NNX defines the modules and nothing else; parameters live in a nested dict outside them (see `models.py`).
+- "+" variants: the first stage's bottleneck is as published (192 channels), the released code's (128) is a setting.
+- On CPU the 1x1 and the grouped 3x3 convolutions are computed as matrix products, whose gradients XLA's CPU backend
+  runs many times faster than those of its (grouped) convolution. Same parameters, same results to rounding.
+- Weight standardisation and the head run in float32 whatever the activations' type.
+- Squeeze-excite uses ReLU as the code does, not GELU as the paper's text says; stochastic depth does not rescale by
+  the keep rate, as in the code (the residual branch's gain is learned).
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from nfnet_lib.variants import ALPHA, STAGE_STRIDES, STEM_CHANNELS, Variant
+
+GELU_SCALE = 1.7015043497085571  # makes gelu variance-preserving on unit Gaussians (nfnets/base.py nonlinearities)
+
+
+def activation(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """GELU (tanh form) scaled to preserve variance."""
+    return jax.nn.gelu(x) * GELU_SCALE
+
+
+def standardise_weight(w: Float[Array, "H W I O"], gain: Float[Array, " O"]) -> Float[Array, "H W I O"]:
+    """Scaled weight standardisation: each output unit's fan-in gets mean 0 and variance gain^2 / fan_in.
+
+    The variance is floored so that variance * fan_in >= 1e-4 (nfnets/base.py WSConv2D).
+    """
+    w = w.astype(jnp.float32)
+    fan_in = math.prod(w.shape[:-1])
+    mean = jnp.mean(w, axis=(0, 1, 2))
+    variance = jnp.var(w, axis=(0, 1, 2))
+    scale = jax.lax.rsqrt(jnp.maximum(variance * fan_in, 1e-4)) * gain
+    return (w - mean) * scale
+
+
+def convolve(
+    x: Float[Array, "B H W I"], w: Float[Array, "KH KW IG O"], stride: int, groups: int
+) -> Float[Array, "B H2 W2 O"]:
+    """SAME convolution, NHWC by HWIO; on CPU, 1x1 and grouped ones as matrix products (see the module's head)."""
+    if w.shape[:2] == (1, 1) and stride == 1 and jax.default_backend() == "cpu":
+        return x @ w[0, 0]
+    if groups > 1 and jax.default_backend() == "cpu":
+        return grouped_matmul_convolve(x, w, stride, groups)
+    return jax.lax.conv_general_dilated(
+        x, w, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups
+    )
+
+
+def grouped_matmul_convolve(
+    x: Float[Array, "B H W I"], w: Float[Array, "KH KW IG O"], stride: int, groups: int
+) -> Float[Array, "B H2 W2 O"]:
+    """The same convolution: the input shifted by each kernel tap, stacked to patches, times the weights of each group.
+
+    Taps that would read nothing but padding (a 3x3 kernel on a 1x1 image has one real tap) are left out.
+    """
+    batch, height, width, channels = x.shape
+    outputs = w.shape[-1]
+    rows, top, bottom = _taps(height, w.shape[0], stride)
+    columns, left, right = _taps(width, w.shape[1], stride)
+    out_h, out_w = -(-height // stride), -(-width // stride)
+    x = jnp.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
+    shifted = [
+        x[:, row : row + (out_h - 1) * stride + 1 : stride, column : column + (out_w - 1) * stride + 1 : stride]
+        for _, row in rows
+        for _, column in columns
+    ]
+    w = jnp.stack([w[i, j] for i, _ in rows for j, _ in columns])  # [T, I/G, O]
+    patches = jnp.stack(shifted, axis=3).reshape(batch * out_h * out_w, len(shifted), groups, channels // groups)
+    patches = patches.transpose(2, 0, 1, 3).reshape(groups, batch * out_h * out_w, -1)
+    w = w.reshape(-1, groups, outputs // groups).transpose(1, 0, 2)
+    out = jax.lax.batch_matmul(patches, w)  # [G, B*H2*W2, O/G]
+    return out.transpose(1, 0, 2).reshape(batch, out_h, out_w, outputs)
+
+
+def _taps(size: int, kernel: int, stride: int) -> tuple[list[tuple[int, int]], int, int]:
+    """The kernel taps that read a pixel under SAME padding, as (tap, its start in the padded input); padding needed."""
+    out = -(-size // stride)
+    before = max((out - 1) * stride + kernel - size, 0) // 2
+    last = (out - 1) * stride
+    starts = {tap: tap - before for tap in range(kernel)}
+    used = {tap: at for tap, at in starts.items() if any(0 <= at + i * stride < size for i in range(out))}
+    low, high = max(0, -min(used.values())), max(0, max(used.values()) + last + 1 - size)
+    return [(tap, at + low) for tap, at in used.items()], low, high
+
+
+class ScaledWSConv(nnx.Module):
+    """Convolution with scaled weight standardisation, a gain and a bias for each output channel; SAME padding."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, *, stride: int = 1, groups: int = 1, rngs: nnx.Rngs):
+        shape = (kernel, kernel, inputs // groups, outputs)
+        self.w = nnx.Param(jax.nn.initializers.lecun_normal(in_axis=(0, 1, 2))(rngs.params(), shape))
+        self.gain = nnx.Param(jnp.ones(outputs))
+        self.bias = nnx.Param(jnp.zeros(outputs))
+        self.stride, self.groups = stride, groups
+
+    def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B H2 W2 O"]:
+        w = standardise_weight(self.w[...], self.gain[...]).astype(x.dtype)
+        return convolve(x, w, self.stride, self.groups) + self.bias[...].astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """Dense layer with bias; weights [I, O]."""
+
+    def __init__(self, inputs: int, outputs: int, *, initializer=jax.nn.initializers.lecun_normal(), rngs: nnx.Rngs):
+        self.w = nnx.Param(initializer(rngs.params(), (inputs, outputs)))
+        self.b = nnx.Param(jnp.zeros(outputs))
+
+    def __call__(self, x: Float[Array, "B I"]) -> Float[Array, "B O"]:
+        return x @ self.w[...].astype(x.dtype) + self.b[...].astype(x.dtype)
+
+
+class SqueezeExcite(nnx.Module):
+    """Channel gates in (0, 1) from the spatial mean; hidden width half the channels, ReLU (nfnets/base.py)."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+        self.linear = Linear(channels, channels // 2, rngs=rngs)
+        self.linear_1 = Linear(channels // 2, channels, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B 1 1 C"]:
+        hidden = jax.nn.relu(self.linear(x.mean((1, 2))))
+        return jax.nn.sigmoid(self.linear_1(hidden))[:, None, None, :]
+
+
+class Block(nnx.Module):
+    """x -> shortcut(x) + alpha * skip_gain * branch(act(x) * beta); the branch is 1x1, 3x3, 3x3, 1x1, squeeze-excite.
+
+    A transition block (first of a stage) has a 1x1 shortcut convolution on the activated input, after 2x2 average
+    pooling where it strides. skip_gain starts at 0 (SkipInit), so a fresh network is its shortcut path.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, bottleneck: int, *, groups: int, stride: int, transition: bool, rngs: nnx.Rngs
+    ):
+        self.conv0 = ScaledWSConv(inputs, bottleneck, 1, rngs=rngs)
+        self.conv1 = ScaledWSConv(bottleneck, bottleneck, 3, stride=stride, groups=groups, rngs=rngs)
+        self.conv1b = ScaledWSConv(bottleneck, bottleneck, 3, groups=groups, rngs=rngs)
+        self.conv2 = ScaledWSConv(bottleneck, outputs, 1, rngs=rngs)
+        if transition:
+            self.conv_shortcut = ScaledWSConv(inputs, outputs, 1, rngs=rngs)
+        self.squeeze_excite = SqueezeExcite(outputs, rngs=rngs)
+        self.skip_gain = nnx.Param(jnp.zeros(()))
+        self.stride, self.transition = stride, transition
+
+    def __call__(
+        self, x: Float[Array, "B H W I"], beta: float | Float[Array, ""], drop_mask: Float[Array, "B 1 1 1"] | None
+    ) -> tuple[Float[Array, "B H2 W2 O"], Float[Array, ""]]:
+        """The block's output and the variance of its residual branch before the skip gain (mean over channels).
+
+        drop_mask: 1 keeps and 0 drops the branch of an example (stochastic depth), or None.
+        """
+        out = activation(x) * jnp.asarray(beta, x.dtype)
+        shortcut = x
+        if self.transition:
+            shortcut = self.conv_shortcut(average_pool(out) if self.stride > 1 else out)
+        out = self.conv0(out)
+        out = self.conv1(activation(out))
+        out = self.conv1b(activation(out))
+        out = self.conv2(activation(out))
+        out = out * self.squeeze_excite(out) * 2
+        branch_variance = jnp.mean(jnp.var(out, axis=(0, 1, 2)))
+        if drop_mask is not None:
+            out = out * drop_mask.astype(out.dtype)
+        return shortcut + out * (ALPHA * self.skip_gain[...]).astype(out.dtype), branch_variance
+
+
+def average_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
+    """2x2 mean with stride 2; at an odd edge the mean is over the pixels that exist (SAME, padding not counted)."""
+    return nnx.avg_pool(x, (2, 2), strides=(2, 2), padding="SAME", count_include_pad=False)
+
+
+class Stage(nnx.Module):
+    """A transition block, then `depth - 1` equal blocks whose parameters are stacked and scanned.
+
+    betas: the reciprocal of the expected standard deviation at each block's input. The variance grows by alpha^2 a
+    block and is reset by the shortcut convolution of each transition (arXiv 2102.06171 section 3).
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, bottleneck: int, depth: int, *,
+        groups: int, stride: int, first_beta: float, unroll: int, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        def block(rngs: nnx.Rngs, inputs: int, stride: int, transition: bool) -> Block:
+            return Block(inputs, outputs, bottleneck, groups=groups, stride=stride, transition=transition, rngs=rngs)
+
+        self.first = block(rngs, inputs, stride, True)
+        if depth > 1:
+            keys = jax.random.split(rngs.params(), depth - 1)
+            states = jax.vmap(lambda key: nnx.state(block(nnx.Rngs(key), outputs, 1, False)))(keys)
+            template = nnx.eval_shape(lambda: block(nnx.Rngs(0), outputs, 1, False))
+            self.rest = nnx.merge(nnx.graphdef(template), states)
+        self.depth, self.unroll = depth, unroll
+        self.betas = (first_beta, *((1 + ALPHA**2 * i) ** -0.5 for i in range(1, depth)))
+
+    @property
+    def final_beta(self) -> float:
+        """The beta of the next stage's transition block."""
+        return (1 + ALPHA**2 * self.depth) ** -0.5
+
+    def __call__(
+        self, x: Float[Array, "B H W I"], drop_masks: Float[Array, "D B 1 1 1"] | None
+    ) -> tuple[Float[Array, "B H2 W2 O"], Float[Array, "D 3"]]:
+        """Output and, for each block, the signal figures of `signal_figures`."""
+        x, branch = self.first(x, self.betas[0], None if drop_masks is None else drop_masks[0])
+        signals = signal_figures(x, branch)[None]
+        if self.depth == 1:
+            return x, signals
+        graphdef, state = nnx.split(self.rest)
+
+        def body(x, scanned):
+            state, beta, mask = scanned
+            x, branch = nnx.merge(graphdef, state)(x, beta, mask)
+            return x, signal_figures(x, branch)
+
+        scanned = (state, jnp.asarray(self.betas[1:]), None if drop_masks is None else drop_masks[1:])
+        x, rest = jax.lax.scan(body, x, scanned, unroll=min(self.unroll, self.depth - 1))
+        return x, jnp.concatenate([signals, rest])
+
+
+def signal_figures(x: Float[Array, "B H W C"], branch_variance: Float[Array, ""]) -> Float[Array, "3"]:
+    """[mean over channels of the squared channel mean, mean channel variance, residual branch variance], float32.
+
+    The three lines of a signal propagation plot (Brock et al. 2021a, arXiv 2101.08692 section 3). Not computed where
+    nobody reads them: XLA removes unused outputs.
+    """
+    x = x.astype(jnp.float32)
+    mean = jnp.mean(x, axis=(0, 1, 2))
+    return jnp.stack([jnp.mean(mean**2), jnp.mean(jnp.var(x, axis=(0, 1, 2))), branch_variance.astype(jnp.float32)])
+
+
+class NFNet(nnx.Module):
+    """Stem, four stages, final 1x1 convolution to twice the width, mean pooling, dropout, linear head."""
+
+    def __init__(
+        self, variant: Variant, num_classes: int, *,
+        stochdepth_rate: float = 0.0, drop_rate: float = 0.0, bottleneck_rule: str = "published",
+        dtype=jnp.float32, unroll: int = 1, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        stem_outputs = (*STEM_CHANNELS, variant.width[0] // 2)
+        inputs = (3, *stem_outputs)
+        self.stem = nnx.Dict(
+            {
+                f"conv{i}": ScaledWSConv(inputs[i], stem_outputs[i], 3, stride=(2, 1, 1, 2)[i], rngs=rngs)
+                for i in range(4)
+            }
+        )
+        channels, beta = stem_outputs[-1], 1.0
+        for index, (width, depth, stride) in enumerate(zip(variant.width, variant.depth, STAGE_STRIDES, strict=True)):
+            stage = Stage(
+                channels, width, variant.bottleneck(index, bottleneck_rule), depth,
+                groups=variant.groups(index), stride=stride, first_beta=beta, unroll=unroll, rngs=rngs,
+            )  # fmt: skip
+            setattr(self, f"stage{index}", stage)
+            channels, beta = width, stage.final_beta
+        self.final_conv = ScaledWSConv(channels, 2 * channels, 1, rngs=rngs)
+        self.head = Linear(2 * channels, num_classes, initializer=jax.nn.initializers.normal(0.01), rngs=rngs)
+        self.drop_rate, self.stochdepth_rate, self.dtype = drop_rate, stochdepth_rate, dtype
+
+    def __call__(
+        self, images: Float[Array, "B H W 3"], *, train: bool = False, key: Key[Array, ""] | None = None
+    ) -> tuple[Float[Array, "B K"], dict]:
+        """Logits in float32, and {"features": pooled [B, C], "signals": [blocks, 3]}.
+
+        train=True turns on stochastic depth and dropout, which need `key` where their rates are not 0.
+        """
+        random = train and (self.drop_rate > 0 or self.stochdepth_rate > 0)
+        if random and key is None:
+            raise ValueError("key: train=True with stochastic depth or dropout needs a jax.random.key")
+        depth_key, drop_key = jax.random.split(key) if random else (None, None)
+        x = images.astype(self.dtype)
+        for index in range(4):
+            x = self.stem[f"conv{index}"](x)
+            if index < 3:
+                x = activation(x)
+        masks = None
+        stages = [getattr(self, f"stage{index}") for index in range(len(STAGE_STRIDES))]
+        blocks = sum(stage.depth for stage in stages)
+        if random and self.stochdepth_rate > 0:  # the rate grows linearly with depth (nfnets/nfnet.py)
+            keep = 1 - self.stochdepth_rate * jnp.arange(blocks) / blocks
+            masks = jax.random.bernoulli(depth_key, keep[:, None], (blocks, len(images)))
+            masks = masks.astype(self.dtype)[:, :, None, None, None]
+        signals, start = [], 0
+        for stage in stages:
+            x, figures = stage(x, None if masks is None else masks[start : start + stage.depth])
+            signals.append(figures)
+            start += stage.depth
+        features = activation(self.final_conv(x)).astype(jnp.float32).mean((1, 2))
+        out = features
+        if random and self.drop_rate > 0:
+            mask = jax.random.bernoulli(drop_key, 1 - self.drop_rate, out.shape)
+            out = jnp.where(mask, out / (1 - self.drop_rate), 0)
+        return self.head(out), {"features": features, "signals": jnp.concatenate(signals)}

@@ -1,0 +1,346 @@
+"""Records of runs: what a run writes, and the tidy table that the analysis reads.
+
+A run folder holds `params.json`, `metrics.jsonl` (one JSON object a line) and, once finished, `summary.json`; a failed
+run holds `failure.json`. A finished `summary.json` is the only proof that a run is done. Nothing is parsed out of logs.
+"""
+
+import json
+import math
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCHEMA = 1
+SUMMARY, FAILURE, METRICS, PARAMS = "summary.json", "failure.json", "metrics.jsonl", "params.json"
+_MARKERS = (SUMMARY, FAILURE, METRICS, PARAMS)
+_BELOW_STUDY = 2  # run folders lie at most this many levels below the folder given
+_LEADING = ("run_id", "kind", "variant", "epoch_budget", "peak_lr", "seed", "heldout_loss", "heldout_top1",
+            "heldout_top5", "train_loss", "train_flops", "tpu_v4_core_hours")  # fmt: skip
+_SORT = ("kind", "variant", "epoch_budget", "peak_lr", "run_id")
+_REQUIRED = ("run_id", "kind", "status", "config", "train_flops", "heldout_loss")
+_INTEGERS = (
+    "schema",
+    "num_params",
+    "forward_macs",
+    "steps",
+    "images_seen",
+    "examples_drawn",
+    "device_count",
+    "num_classes",
+    "examples_per_epoch",
+    "heldout_examples",
+    "image_size",
+    "batch_size",
+    "warmup_steps",
+    "seed",
+    "data_seed",
+    "augmult",
+    "resolution",
+    "eval_resolution",
+)
+_FLOATS = ("train_flops", "seconds", "compile_seconds", "images_per_second", "core_hours", "tpu_v4_core_hours",
+           "heldout_loss", "heldout_top1", "heldout_top5", "train_loss", "epoch_budget", "peak_lr", "weight_decay",
+           "agc_clip", "label_smoothing", "drop_rate", "stochdepth_rate", "ema_decay", "rho")  # fmt: skip
+
+
+class RecordError(ValueError):
+    """A record that cannot be trusted; the message names the file and what is wrong with it."""
+
+
+def write_json(path: str | os.PathLike, obj: Any) -> None:
+    """Write `obj` as JSON such that `path` holds either its old content or all of the new, whatever kills the process.
+
+    NumPy scalars and arrays and paths are converted. Raises ValueError for NaN or infinity (not JSON) or unknown types,
+    before anything is written.
+    """
+    try:
+        text = json.dumps(obj, indent=2, allow_nan=False, default=_to_json) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be written as JSON: {error}") from error
+    _replace(Path(path), text)
+
+
+def _to_json(value: Any) -> Any:
+    if hasattr(value, "tolist"):  # numpy scalars and arrays
+        return value.tolist()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise TypeError(f"{type(value).__name__} is no JSON type")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write `text` to a temporary file beside `path`, force it to disk, and rename it over `path`."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files private; a record should be as readable as others
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the rename itself must survive a power cut, too
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+class MetricsWriter:
+    """Appends one JSON object a line to `path`; a resumed run's file ends up equal to an undisturbed one's.
+
+    Args:
+        path: the metrics.jsonl file; created with its folder where missing.
+        last_step: step of the checkpoint that the run resumes from. Lines of later steps, which the run will write
+            again, and a torn last line are removed. The default -1 begins an empty file.
+
+    Non-finite numbers are written as null, since JSON has none. Call `sync` before saving a checkpoint: a metrics file
+    that lost lines up to the checkpoint's step could not be completed by a resumed run.
+    """
+
+    def __init__(self, path: str | os.PathLike, last_step: int = -1):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if self.path.exists():
+            lines = _metric_lines(self.path)
+            kept = [line for line, record in lines if record["step"] <= last_step]
+            last_step = max([record["step"] for _, record in lines if record["step"] <= last_step], default=-1)
+        else:
+            last_step = -1
+        _replace(self.path, "".join(f"{line}\n" for line in kept))
+        self.last_step = last_step
+        self._file = self.path.open("a", encoding="utf-8", newline="\n")
+
+    def write(self, step: int, **metrics: Any) -> None:
+        """Append one line. Raises ValueError where `step` does not exceed the last one written."""
+        if step <= self.last_step:
+            raise ValueError(f"step={step} must exceed the last step written to {self.path}, {self.last_step}")
+        record = {"step": int(step)} | {name: _finite(value) for name, value in metrics.items()}
+        self._file.write(json.dumps(record, allow_nan=False, default=_to_json) + "\n")
+        self._file.flush()  # a reader that follows the file sees every step at once
+        self.last_step = step
+
+    def sync(self) -> None:
+        """Force everything written so far to disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if not self._file.closed:
+            self.sync()
+            self._file.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _finite(value: Any) -> Any:
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _metric_lines(path: Path) -> list[tuple[str, dict]]:
+    """Lines of a metrics file with their parsed records, without a torn last one. Raises RecordError for any other."""
+    *lines, rest = path.read_bytes().split(b"\n")  # `rest` has no newline: torn, even if it happens to parse
+    result = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                raise ValueError("no object with an integer 'step'")
+        except ValueError as error:
+            if number == len(lines) and not rest:  # a lost page can leave a last line of zeros with its newline
+                break
+            raise RecordError(f"{path}, line {number}: {error}: {line[:80]!r}") from error
+        result.append((line.decode("utf-8"), record))
+    return result
+
+
+def read_metrics(run_dir: str | os.PathLike) -> "pd.DataFrame":
+    """Metrics of one run as a table, one row a line; a torn last line is left out.
+
+    Columns are those that the run wrote (at least `step`), null becoming NaN. Raises FileNotFoundError where the run
+    has no metrics.jsonl, RecordError naming the line where one before the last is damaged.
+    """
+    import pandas as pd
+
+    path = Path(run_dir) / METRICS
+    records = [record for _, record in _metric_lines(path)]
+    table = pd.DataFrame(records) if records else pd.DataFrame({"step": [], "epoch": [], "loss": []}, dtype="float64")
+    table["step"] = table["step"].astype("int64")
+    for name in table.columns.difference(["step"]):
+        if table[name].isna().all():  # a column of nulls only has no type of its own
+            table[name] = table[name].astype("float64")
+    return table
+
+
+def _run_folders(root: Path, below: int = _BELOW_STUDY) -> Iterator[Path]:
+    """Run folders at `root` or at most `below` levels under it, sorted; nothing below a run folder is looked at."""
+    if any((root / name).is_file() for name in _MARKERS):
+        yield root
+        return
+    if below:
+        for child in sorted(root.iterdir()):
+            if child.is_dir() and not child.name.startswith("."):
+                yield from _run_folders(child, below - 1)
+
+
+def _existing(path: str | os.PathLike) -> Path:
+    root = Path(path)
+    if not root.is_dir():
+        raise FileNotFoundError(f"path={str(path)!r} is no folder; give a run folder or a folder of runs")
+    return root
+
+
+def read_summary(run_dir: str | os.PathLike) -> dict:
+    """The summary of one finished run. Raises RecordError naming the file and what is damaged, missing or too old."""
+    path = Path(run_dir) / SUMMARY
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:  # UnicodeDecodeError is a ValueError
+        raise RecordError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(summary, dict):
+        raise RecordError(f"{path} holds a JSON {type(summary).__name__}, not an object")
+    if summary.get("schema") != SCHEMA:
+        raise RecordError(f"{path} has schema {summary.get('schema')!r}, this version reads schema {SCHEMA}: "
+                          "run it again or read it with the version that wrote it")  # fmt: skip
+    if missing := [key for key in _REQUIRED if key not in summary]:
+        raise RecordError(f"{path} lacks {', '.join(missing)}")
+    if not isinstance(summary["config"], dict):
+        raise RecordError(f"{path}: config is a JSON {type(summary['config']).__name__}, not an object")
+    if summary["status"] != "done":
+        raise RecordError(
+            f"{path} has status {summary['status']!r}; a summary is written by finished runs, status 'done'"
+        )
+    return summary
+
+
+def _flat_row(run_dir: Path, root: Path) -> dict:
+    """One row of `collect`: config keys without a prefix, other nested keys joined by a dot, lists as JSON text."""
+    summary = read_summary(run_dir)
+    config = summary.pop("config")
+    row = dict(_flatten(summary))
+    for key, value in _flatten(config):
+        if key in row and row[key] != value:
+            raise RecordError(f"{run_dir / SUMMARY}: {key} is {row[key]!r} but config.{key} is {value!r}")
+        row[key] = value
+    return row | {"path": run_dir.relative_to(root).as_posix()}
+
+
+def _flatten(mapping: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in mapping.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", json.dumps(value) if isinstance(value, list) else value
+
+
+def collect(path: str | os.PathLike, damaged: str = "raise") -> "pd.DataFrame":
+    """All finished runs at or up to two folders below `path`, one row each.
+
+    Columns: first run_id, kind ("pretrain" or "finetune"), variant, epoch_budget (passes over the data), peak_lr, seed,
+    heldout_loss (nats an image), heldout_top1 and heldout_top5 (fractions), train_loss, train_flops
+    (6 * forward_macs * images_seen; SAM doubles), tpu_v4_core_hours (by formula); then every other key of the summary
+    (steps, images_seen, examples_drawn, num_params, forward_macs, seconds, core_hours, versions.*, ...) and of its
+    config (batch_size, augmult, pretrained_run, ...; flattened without prefix) in alphabetic order; last `path`, the
+    run folder relative to the argument. Counts are int64 (Int64 where some runs lack them), measures float64. Rows
+    are sorted by kind, variant, epoch_budget, peak_lr, run_id.
+
+    Unfinished and failed runs are left out: see `status_table`. A summary.json that is there but damaged, of another
+    schema or contradictory is an error (RecordError naming the file); with damaged="skip" it is left out and named in
+    one warning. Summaries are replaced atomically, so a damaged one was harmed from outside.
+    Raises FileNotFoundError where `path` is no folder. No finished run gives an empty table with the leading columns.
+    """
+    import pandas as pd
+
+    if damaged not in ("raise", "skip"):
+        raise ValueError(f"damaged={damaged!r} must be 'raise' or 'skip'")
+    root = _existing(path)
+    rows, problems = [], []
+    for folder in _run_folders(root):
+        if not (folder / SUMMARY).is_file():
+            continue
+        try:
+            rows.append(_flat_row(folder, root))
+        except RecordError as error:
+            if damaged == "raise":
+                raise
+            problems.append(str(error))
+    if problems:
+        warnings.warn(f"{len(problems)} damaged record(s) left out: " + "; ".join(problems), stacklevel=2)
+    table = pd.DataFrame(rows) if rows else pd.DataFrame(columns=[*_LEADING, "path"])
+    first = [name for name in _LEADING if name in table]
+    table = table[[*first, *sorted(table.columns.difference([*first, "path"])), "path"]]
+    for name in table.columns:
+        if name in _INTEGERS:
+            table[name] = table[name].astype("Int64" if table[name].isna().any() else "int64")
+        elif name in _FLOATS or name.endswith("_ema"):
+            table[name] = table[name].astype("float64")
+    return table.sort_values([name for name in _SORT if name in table], ignore_index=True, kind="stable")
+
+
+def status_table(path: str | os.PathLike, alive_seconds: int | float = 300) -> "pd.DataFrame":
+    """State of every run at or up to two folders below `path`, one row each, sorted by path.
+
+    Columns: path (relative to the argument), state, step, loss (of the last line of metrics.jsonl; NaN before the
+    first), seconds_since_write, message. States:
+
+        done         summary.json is there and sound
+        damaged      summary.json or metrics.jsonl is there but cannot be trusted; `message` says why
+        failed       failure.json is there and nothing was written to metrics.jsonl after it; `message` is its error
+        running      none of these, and some file of the folder was written in the last `alive_seconds`
+        unfinished   none of these: interrupted, will resume
+    """
+    import pandas as pd
+
+    root = _existing(path)
+    columns = ["path", "state", "step", "loss", "seconds_since_write", "message"]
+    rows = [_status(folder, root, alive_seconds) for folder in _run_folders(root)]
+    table = pd.DataFrame(rows, columns=columns)
+    return table.astype({"step": "Int64", "loss": "float64", "seconds_since_write": "float64"})
+
+
+def _status(folder: Path, root: Path, alive_seconds: int | float) -> tuple:
+    state, message, step, loss = "unfinished", "", None, math.nan
+    age = time.time() - max(file.stat().st_mtime for file in folder.iterdir() if file.is_file())
+    metrics, failure = folder / METRICS, folder / FAILURE
+    try:
+        if metrics.is_file() and (lines := _metric_lines(metrics)):
+            step, loss = lines[-1][1]["step"], lines[-1][1].get("loss")
+        if (folder / SUMMARY).is_file():
+            state, step = "done", read_summary(folder).get("steps", step)
+        elif failure.is_file() and not (metrics.is_file() and metrics.stat().st_mtime > failure.stat().st_mtime + 1):
+            state, message = "failed", _failure_message(failure)
+        elif age < alive_seconds:
+            state = "running"
+    except RecordError as error:
+        state, message = "damaged", str(error)
+    return folder.relative_to(root).as_posix(), state, step, math.nan if loss is None else loss, age, message
+
+
+def _failure_message(path: Path) -> str:
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["error"])
+    except (ValueError, KeyError, TypeError) as error:
+        return f"{path.name} is damaged: {error!r}"
+
+
+def results_csv(df: "pd.DataFrame", path: str | os.PathLike) -> None:
+    """Write a table as CSV (UTF-8, LF, exact floats, empty for missing), atomically; equal tables, equal bytes."""
+    _replace(Path(path), df.to_csv(index=False, lineterminator="\n"))

@@ -1,0 +1,108 @@
+"""Every architecture as data: widths, depths, resolutions and the published counts that ours are checked against.
+
+Sources: Brock et al. 2021 (arXiv 2102.06171) Tables 1, 5 and 6; the released code google-deepmind/deepmind-research,
+`nfnets/base.py` and its README. Published "FLOPs" of NFNets are multiply-adds (MACs) at the *test* resolution.
+
+The `-mini` family is this project's own laptop-scale copy: one eighth of the width, group width 16, the same depth
+pattern, block, stem and rules, so that every mechanism of the full family is exercised on a CPU.
+"""
+
+import dataclasses
+import difflib
+
+ALPHA = 0.2
+"""Weight of each residual branch, h + alpha * f(h / beta) (arXiv 2102.06171 section 3)."""
+STAGE_STRIDES = (1, 2, 2, 2)
+STEM_CHANNELS = (16, 32, 64)
+STEM_STRIDE = 4
+TOTAL_STRIDE = 32
+BOTTLENECK_RULES = ("published", "released")
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One NFNet.
+
+    width, depth: output channels and number of blocks of the four stages. group_width: channels per group of the
+    3x3 convolutions. *_px: image sides in pixels. drop_rate: published dropout before the head. published_*: the
+    counts of the 2021 paper with a 1,000-class head (parameters; MACs at test_px), or None where none is published.
+    """
+
+    name: str
+    width: tuple[int, int, int, int]
+    depth: tuple[int, int, int, int]
+    group_width: int
+    train_px: int
+    test_px: int
+    drop_rate: float
+    published_params: float | None = None
+    published_macs: float | None = None
+    finetune_px: int = 384
+    finetune_test_px: int = 480
+
+    @property
+    def blocks(self) -> int:
+        """Number of residual blocks."""
+        return sum(self.depth)
+
+    def bottleneck(self, stage: int, rule: str = "published") -> int:
+        """Channels of the 3x3 convolutions of a stage (0 to 3): half its width.
+
+        Where that is not a whole number of groups (stage 0 of the "+" models) the sources disagree, so it is a setting:
+        "published" keeps half the width in one group (192), which gives the published size of F4+ exactly (527M
+        parameters, 367 GMACs at 512 px, arXiv 2102.06171 Table 5); "released" rounds down to whole groups (128), as
+        `nfnets/nfnet.py` NFBlock does. All other stages of all variants are the same under both.
+        """
+        if rule not in BOTTLENECK_RULES:
+            raise ValueError(f"bottleneck_rule: {rule!r} is not one of {', '.join(BOTTLENECK_RULES)}")
+        half = self.width[stage] // 2
+        return half if rule == "published" else self.groups(stage) * self.group_width
+
+    def groups(self, stage: int) -> int:
+        """Number of groups of the 3x3 convolutions of a stage."""
+        return max(1, self.width[stage] // 2 // self.group_width)
+
+
+# name: (train px, test px, dropout, published params, published MACs at test px); `nfnets/base.py`, README.
+_FULL = {
+    "F0": (192, 256, 0.2, 71.5e6, 12.38e9),
+    "F1": (224, 320, 0.3, 132.6e6, 35.54e9),
+    "F2": (256, 352, 0.4, 193.8e6, 62.59e9),
+    "F3": (320, 416, 0.4, 254.9e6, 114.76e9),
+    "F4": (384, 512, 0.5, 316.1e6, 215.24e9),
+    "F5": (416, 544, 0.5, 377.2e6, 289.76e9),
+    "F6": (448, 576, 0.5, 438.4e6, 377.28e9),
+    "F7": (480, 608, 0.5, None, None),
+}
+
+
+def _build() -> dict[str, Variant]:
+    variants = {}
+    for plus in ("", "+"):
+        for index, (name, (train_px, test_px, drop_rate, params, macs)) in enumerate(_FULL.items(), start=1):
+            if plus:  # only F4+ has published counts (arXiv 2102.06171 Table 5: 527M, 367B at 512 px)
+                params, macs = (527e6, 367e9) if name == "F4" else (None, None)
+            depth = tuple(index * d for d in (1, 2, 6, 3))
+            full = Variant(
+                name + plus, (384, 768, 2048, 2048) if plus else (256, 512, 1536, 1536), depth, 128,
+                train_px, test_px, drop_rate, params, macs,
+            )  # fmt: skip
+            mini = Variant(
+                f"{name}{plus}-mini", (48, 96, 256, 256) if plus else (32, 64, 192, 192), depth, 16,
+                32, 40, drop_rate, finetune_px=48, finetune_test_px=56,
+            )  # fmt: skip
+            variants |= {full.name: full, mini.name: mini}
+    return variants
+
+
+VARIANTS: dict[str, Variant] = _build()
+"""All variants by name: F0 to F7, F0+ to F7+, and F0-mini to F7+-mini."""
+
+
+def get_variant(name: str) -> Variant:
+    """The variant called `name`; ValueError with near names otherwise."""
+    if name not in VARIANTS:
+        near = difflib.get_close_matches(name, VARIANTS, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+        raise ValueError(f"variant: unknown {name!r}; {hint}known: {', '.join(VARIANTS)}")
+    return VARIANTS[name]
