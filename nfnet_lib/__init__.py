@@ -6,3 +6,8 @@ scaling fits, figures) never does, so that a laptop without an accelerator opens
 """
 
 __version__ = "0.1.0"
+
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+"""The checkout: relative output folders of notebooks are taken from here, wherever the kernel started."""

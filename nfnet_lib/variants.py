@@ -45,6 +45,11 @@ class Variant:
         """Number of residual blocks."""
         return sum(self.depth)
 
+    @property
+    def resolution_multiple(self) -> int:
+        """Image sides must be multiples of this: the total stride, or 8 for the minis, whose last maps round up."""
+        return 8 if self.name.endswith("-mini") else TOTAL_STRIDE
+
     def bottleneck(self, stage: int, rule: str = "published") -> int:
         """Channels of the 3x3 convolutions of a stage (0 to 3): half its width.
 

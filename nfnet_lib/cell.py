@@ -1,0 +1,124 @@
+"""One notebook in a process of its own, through papermill, with the traps of papermill closed.
+
+Success is never read off the notebook (after a dead kernel papermill's metadata calls every cell completed): a run is
+done when the process ended with 0 and the run wrote its summary. The child dies with the process that started it.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from nfnet_lib import PROJECT
+from nfnet_lib.config import RunConfig
+from nfnet_lib.records import FAILURE, SUMMARY, read_summary, write_json
+
+NOTEBOOKS = PROJECT / "notebooks"
+_RUN_NOTEBOOK = {"pretrain": "02_pretrain.ipynb", "finetune": "03_finetune.ipynb"}
+_SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
+
+
+class CellFailed(RuntimeError):
+    """A notebook did not end well: the last line of its log; `log` is the whole."""
+
+    def __init__(self, message: str, log: str):
+        super().__init__(message)
+        self.log = log
+
+
+def execute(
+    notebook: Path, output: Path, parameters: dict[str, Any], *, core: int | None = None, timeout: float | None = None
+) -> None:
+    """Execute `notebook` with `parameters` into `output`, which appears only if every cell ran; CellFailed otherwise.
+
+    While it runs, and after a failure, the notebook is `output` with `.partial` before the suffix; the log lies beside.
+    core: the one processor core that it may use, which also fixes the order of floating-point sums.
+    """
+    partial, log = output.with_suffix(".partial.ipynb"), output.with_suffix(".log")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    request = {"notebook": str(notebook), "output": str(partial), "parameters": parameters, "core": core}
+    environment = os.environ | {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu"), "MPLBACKEND": "agg"}
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "nfnet_lib.cell", str(os.getpid())],
+            stdin=subprocess.PIPE, stdout=stream, stderr=subprocess.STDOUT, env=environment, cwd=PROJECT, text=True,
+        )  # fmt: skip
+        try:
+            process.communicate(json.dumps(request), timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise CellFailed(f"{output.stem} took longer than {timeout / 60:g} minutes", log.read_text()) from None
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+    if process.returncode != 0:
+        text = log.read_text()
+        lines = [line for line in text.strip().splitlines() if line.strip()]
+        raise CellFailed(lines[-1][:500] if lines else f"exit code {process.returncode}", text)
+    partial.replace(output)
+
+
+def run_cell(
+    config: RunConfig, study_dir: Path, *, core: int | None = None, timeout: float | None = None
+) -> dict[str, Any]:
+    """The summary of one run of a study, made by its notebook unless it is done; CellFailed leaves failure.json.
+
+    This is the function behind which an engine may put a cluster.
+    """
+    run_dir = study_dir / config.run_id
+    output = run_dir / "run.ipynb"
+    if (run_dir / SUMMARY).exists() and output.exists():
+        return _summary_of(config, run_dir)
+    parameters = config.model_dump(mode="json", exclude={"kind"})
+    parameters |= {"out_dir": project_relative(run_dir), "cache_dir": project_relative(study_dir / ".cache")}
+    started = time.time()
+    try:
+        execute(NOTEBOOKS / _RUN_NOTEBOOK[config.kind], output, parameters, core=core, timeout=timeout)
+        if not (run_dir / SUMMARY).exists():
+            raise CellFailed("the notebook ended without a summary of its run", output.with_suffix(".log").read_text())
+        return _summary_of(config, run_dir)
+    except CellFailed as error:
+        write_json(
+            run_dir / FAILURE, {"error": str(error), "traceback": error.log[-20_000:], "seconds": time.time() - started}
+        )
+        raise
+
+
+def project_relative(path: Path) -> str:
+    """`path` relative to the checkout where it lies inside: no machine path gets into notebooks and records."""
+    path = Path(path).resolve()
+    return str(path.relative_to(PROJECT)) if path.is_relative_to(PROJECT) else str(path)
+
+
+def _summary_of(config: RunConfig, run_dir: Path) -> dict[str, Any]:
+    summary = read_summary(run_dir)
+    if summary["config_hash"] != config.config_hash:
+        raise CellFailed(f"{run_dir.name} holds a run of other parameters", "")
+    return summary
+
+
+def _main(parent: int) -> None:
+    """The child: bound to its parent's life and to its core, then papermill."""
+    ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit("the parent process is gone")
+    request = json.load(sys.stdin)
+    if request["core"] is not None:
+        os.sched_setaffinity(0, {request["core"]})
+    import papermill
+
+    papermill.execute_notebook(
+        request["notebook"], request["output"], request["parameters"],
+        kernel_name="python3", progress_bar=False, log_output=True, start_timeout=180, coalesce_streams=True,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    _main(int(sys.argv[1]))

@@ -1,0 +1,115 @@
+"""The `nfnet` command. Exit codes: 0 success, 1 something failed, 2 bad input (nothing was written), 130 interrupted."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from nfnet_lib import PROJECT
+from nfnet_lib.config import ConfigError, StudyConfig
+from nfnet_lib.records import RecordError
+
+
+def _study(arguments: argparse.Namespace) -> int:
+    from nfnet_lib.study import run_study
+
+    study = StudyConfig.from_file(arguments.file)
+    if arguments.workers is not None:
+        study = study.model_copy(update={"workers": arguments.workers})
+    clock = time.monotonic()
+    report, failures = run_study(study, arguments.out or PROJECT / "outputs" / study.name)
+    for line in _findings(report.parent.parent):
+        print(line)
+    for name, error in failures.items():
+        print(f"failed: {name}: {error}", file=sys.stderr)
+    print(f"{study.name} took {(time.monotonic() - clock) / 60:.1f} minutes; report: {report}")
+    return 1 if failures else 0
+
+
+def _findings(study_dir: Path) -> list[str]:
+    """What the frontier fit says, in sentences; says so where there are too few cells to fit."""
+    from nfnet_lib.records import collect
+    from nfnet_lib.scaling import frontier_analysis
+
+    try:
+        return list(frontier_analysis(collect(study_dir)).sentences())
+    except ValueError as error:
+        return [f"no frontier fit: {error}"]
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from nfnet_lib.records import status_table
+
+    print(status_table(arguments.dir).to_string(index=False))
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from nfnet_lib.report import build_report
+
+    print(build_report(arguments.dir))
+    return 0
+
+
+def _data_show(arguments: argparse.Namespace) -> int:
+    import cv2
+    import numpy as np
+
+    from nfnet_lib.config import PretrainConfig
+    from nfnet_lib.train import load_sources
+
+    options = {"dataset": arguments.name} | ({"data_dir": arguments.data_dir} if arguments.data_dir else {})
+    if arguments.name == "digits":
+        options |= {"examples_per_epoch": 1437, "heldout_examples": 360}
+    source, _ = load_sources(PretrainConfig.from_params(options))
+    images = np.stack([cv2.resize(np.asarray(source[i][0]), (64, 64)) for i in range(64)])
+    sheet = images.reshape(8, 8, 64, 64, 3).transpose(0, 2, 1, 3, 4).reshape(512, 512, 3)
+    if not cv2.imwrite(str(arguments.out), sheet[..., ::-1]):
+        raise ConfigError(f"out: {arguments.out} could not be written; its name must end in .png or .jpg")
+    print(f"{source.name}: {len(source)} training examples, {source.num_classes} classes; contact sheet: {arguments.out}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="nfnet", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, function, description: str, example: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=description, description=description, epilog=f"example: {example}")
+        sub.set_defaults(function=function)
+        return sub
+
+    sub = command("study", _study, "Run a study, or go on with it; ends by printing the report's path.",
+                  "nfnet study params/laptop/study.yaml")  # fmt: skip
+    sub.add_argument("file", type=Path, help="study file (YAML)")
+    sub.add_argument("--out", type=Path, help="study folder; default: outputs/<name of the study>")
+    sub.add_argument("--workers", type=int, help="runs at a time; default: one a core")
+    sub = command("status", _status, "Show the state of every run of a study.", "nfnet status outputs/laptop")
+    sub.add_argument("dir", type=Path, help="study folder")
+    sub = command("report", _report, "Build the report of a study again.", "nfnet report outputs/laptop")
+    sub.add_argument("dir", type=Path, help="study folder")
+    data = commands.add_parser("data", help="Look at data sets.", epilog="example: nfnet data show fractals")
+    data_commands = data.add_subparsers(dest="data_command", required=True)
+    sub = data_commands.add_parser("show", help="Write a contact sheet.", epilog="example: nfnet data show digits")
+    sub.set_defaults(function=_data_show)
+    sub.add_argument("name", help="fractals | digits | tfds:NAME")
+    sub.add_argument("--out", type=Path, default=Path("sheet.png"), help="picture to write (default: sheet.png)")
+    sub.add_argument("--data-dir", help="folder of prepared TFDS data")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.function(arguments)
+    except (ConfigError, RecordError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; run the same command to go on", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

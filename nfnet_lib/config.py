@@ -1,0 +1,253 @@
+"""The parameters of a run: the one place where strings become numbers, and where impossible requests are refused.
+
+Flat names, so that each is a papermill parameter; strict types and ranges; unknown names refused with near ones.
+Derived counts (steps, warm-up) are computed and checked here as well.
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from nfnet_lib.variants import get_variant
+
+
+class ConfigError(ValueError):
+    """A parameter that can't be used: one line that names it, its value and what is allowed."""
+
+
+class RunConfig(BaseModel):
+    """What pre-training and fine-tuning have in common. Fractions of an epoch are fractions of `examples_per_epoch`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    variant: str = Field("F0-mini", description="architecture, see variants.VARIANTS")
+    bottleneck_rule: Literal["published", "released"] = Field("published", description='first stage of "+" models')
+    dataset: str = Field("fractals", description="fractals | digits | tfds:NAME")
+    data_dir: str = Field("", description="folder of prepared TFDS data; empty: TFDS's default")
+    num_classes: int = Field(64, ge=2, le=100_000, description="classes of fractals; other sources state their own")
+    image_size: int = Field(40, ge=8, le=4096, description="side in pixels at which fractals and digits are made")
+    examples_per_epoch: int = Field(8192, ge=1, description="distinct training examples that make one epoch")
+    heldout_examples: int = Field(2048, ge=1, description="examples of the held-out set")
+    data_seed: int = Field(0, ge=0, lt=2**32, description="seed of the fractals' classes and images")
+    epoch_budget: float = Field(1.0, gt=0, le=10_000, description="epochs of compute: views / examples_per_epoch")
+    batch_size: int = Field(32, ge=1, description="views a step, over all devices")
+    augmult: int = Field(1, ge=1, le=256, description="views of each image in a batch (repeated augmentation)")
+    min_area: float = Field(0.25, gt=0, le=1, description="smallest share of the image that a training crop covers")
+    flip: bool = Field(True, description="mirror training images at random")
+    resolution: int = Field(32, ge=8, le=4096, description="training image side in pixels")
+    eval_resolution: int = Field(40, ge=8, le=4096, description="evaluation image side in pixels")
+    eval_margin: int | None = Field(None, ge=0, description="resize to eval_resolution + margin, then centre crop")
+    peak_lr: float = Field(0.1, gt=0, le=1000, description="learning rate after warm-up")
+    warmup_fraction: float = Field(0.05, ge=0, lt=1, description="share of the steps with linear warm-up, if under 5,000")
+    momentum: float = Field(0.9, ge=0, lt=1, description="Nesterov momentum")
+    weight_decay: float = Field(1e-6, ge=0, le=1, description="coupled; not on gains and biases")
+    agc_clip: float = Field(0.01, gt=0, le=1e6, description="adaptive gradient clipping, ratio of norms")
+    agc_eps: float = Field(1e-3, gt=0, description="smallest parameter norm that clipping assumes")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the training loss; evaluation has none")
+    drop_rate: float = Field(0.0, ge=0, lt=1, description="dropout before the head")
+    stochdepth_rate: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the last block")
+    rho: float = Field(0.0, ge=0, le=10, description="radius of the SAM ascent step; 0: plain gradient")
+    ema_decay: float = Field(0.0, ge=0, lt=1, description="exponential moving average of the parameters; 0: none")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="type of the activations")
+    unroll: int = Field(1, ge=1, description="blocks a scan step")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of the initialisation, the data order and the noise")
+    evaluations: int = Field(1, ge=1, description="held-out evaluations in a run, the last at its end")
+    checkpoints: int = Field(4, ge=1, description="checkpoints in a run, the last at its end")
+    log_points: int = Field(100, ge=1, description="lines in metrics.jsonl, at most one a step")
+
+    @classmethod
+    def from_params(cls, params: Mapping[str, Any]) -> Self:
+        """The config of a flat mapping (papermill's, YAML's). ConfigError in one line on the first thing wrong."""
+        unknown = sorted(set(params) - set(cls.model_fields))
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], cls.model_fields, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(cls.model_fields)}"
+            raise ConfigError(f"{unknown[0]}: unknown parameter of {cls.__name__}; {hint}")
+        try:
+            return cls(**_numbers(cls, params))
+        except ValidationError as error:
+            first = error.errors()[0]
+            if not first["loc"]:  # raised by a validator below: its message is complete
+                raise ConfigError(str(first["ctx"]["error"])) from None
+            name = str(first["loc"][0])
+            raise ConfigError(f"{name}: {params.get(name)!r} is out of range; {first['msg'].lower()}") from None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        variant = get_variant(self.variant)
+        for name in ("resolution", "eval_resolution"):
+            if getattr(self, name) % variant.resolution_multiple:
+                raise ValueError(
+                    f"{name}: {getattr(self, name)} is not a multiple of {variant.resolution_multiple}, which the strides"
+                    f" of {variant.name} need; nearest: {_nearest(getattr(self, name), variant.resolution_multiple)}"
+                )
+        if self.batch_size > self.examples_per_epoch:
+            raise ValueError(
+                f"batch_size: {self.batch_size} is larger than the data (examples_per_epoch={self.examples_per_epoch});"
+                f" allowed: 1 to {self.examples_per_epoch}"
+            )
+        if self.batch_size % self.augmult:
+            raise ValueError(f"augmult: {self.augmult} does not divide batch_size={self.batch_size}")
+        views = self.epoch_budget * self.examples_per_epoch
+        if round(views) < self.batch_size or abs(views / self.batch_size - round(views / self.batch_size)) > 1e-6:
+            below = int(views // self.batch_size) * self.batch_size / self.examples_per_epoch
+            above = below + self.batch_size / self.examples_per_epoch
+            raise ValueError(
+                f"epoch_budget: {self.epoch_budget} x examples_per_epoch={self.examples_per_epoch} is not a whole number"
+                f" of batches of batch_size={self.batch_size}; nearest budgets: "
+                + " or ".join(f"{b:g}" for b in (below, above) if b > 0)
+            )
+        return self
+
+    @property
+    def steps(self) -> int:
+        """Parameter updates of the whole run; the same whatever augmult is."""
+        return round(self.epoch_budget * self.examples_per_epoch / self.batch_size)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of linear warm-up: the 5,000 of arXiv 2102.06171 A.5, or warmup_fraction of a shorter run."""
+        return min(5000, round(self.warmup_fraction * self.steps))
+
+    @property
+    def unique_per_step(self) -> int:
+        """Examples drawn a step: batch_size / augmult."""
+        return self.batch_size // self.augmult
+
+    @property
+    def config_hash(self) -> str:
+        """16 hex digits of every parameter; equal configs make equal runs."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def run_id(self) -> str:
+        """Folder name: what a reader looks for first, then the hash."""
+        parts = [self.variant, self.dataset.replace(":", "-").replace("/", "-"), f"ep{self.epoch_budget:g}"]
+        parts += [f"lr{self.peak_lr:g}", f"s{self.seed}"]
+        if self.augmult > 1:
+            parts.append(f"ra{self.augmult}")
+        return "_".join([self.kind, *parts, self.config_hash[:6]])
+
+
+class PretrainConfig(RunConfig):
+    """Pre-training as in the paper, section 2: SGD with momentum, AGC, cosine decay over the run's own length."""
+
+    kind: Literal["pretrain"] = "pretrain"
+
+
+class FinetuneConfig(RunConfig):
+    """Fine-tuning as in the paper, section 3: SAM, stochastic depth, dropout, higher resolution, repeated augmentation."""
+
+    kind: Literal["finetune"] = "finetune"
+    pretrained_run: str = Field(min_length=1, description="run_id of the pre-training run whose body is taken over")
+
+
+def config_from_params(params: Mapping[str, Any]) -> PretrainConfig | FinetuneConfig:
+    """PretrainConfig or FinetuneConfig, as `kind` says, or else by whether `pretrained_run` is there."""
+    kind = params.get("kind", "finetune" if "pretrained_run" in params else "pretrain")
+    if kind not in ("pretrain", "finetune"):
+        raise ConfigError(f"kind: {kind!r} is not one of pretrain, finetune")
+    return (FinetuneConfig if kind == "finetune" else PretrainConfig).from_params(params)
+
+
+class StudyConfig(BaseModel):
+    """A study: a grid of pre-training cells, the learning rates tried in each, and fine-tuning of the winners."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="folder under outputs/")
+    pretrain: dict[str, Any] = Field(description="PretrainConfig parameters that all cells share")
+    variants: list[str] = Field(min_length=1, description="one curve each")
+    epoch_budgets: list[float] = Field(min_length=1)
+    lr_grid: list[float] = Field(min_length=1, description="peak learning rates, ascending, factors of 2")
+    lr_search: Literal["bracket", "grid"] = Field(
+        "bracket", description="grid: try all; bracket: walk downhill from lr_start until a minimum is bracketed"
+    )
+    lr_start: dict[str, float] = Field(default_factory=dict, description="by variant; default: the grid's middle")
+    finetune: dict[str, Any] | None = Field(None, description="FinetuneConfig parameters, or none")
+    finetune_augmults: list[int] = Field(default_factory=lambda: [1], description="fine-tuning runs of each winner")
+    notebooks: list[str] = Field(default_factory=list, description="analysis notebooks, executed at the end")
+    workers: int = Field(0, ge=0, description="runs at a time; 0: one a core")
+    memory_per_run_gb: float = Field(2.0, gt=0)
+    timeout_minutes: float = Field(120, gt=0, description="of one run")
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Self:
+        """The study of a YAML file; ConfigError in one line otherwise. Every cell is validated here."""
+        import yaml
+
+        path = Path(path)
+        if not path.is_file():
+            near = difflib.get_close_matches(str(path), [str(p) for p in Path("params").glob("*/*.yaml")], n=3)
+            raise ConfigError(f"study file: {path} does not exist" + (f"; near: {', '.join(near)}" if near else ""))
+        try:
+            content = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise ConfigError(f"study file: {path} is not YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(content, dict) or set(content) != {"study"} or not isinstance(content["study"], dict):
+            raise ConfigError(f"study file: {path} must hold one mapping called study")
+        unknown = sorted(set(content["study"]) - set(cls.model_fields))
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], cls.model_fields, n=2, cutoff=0.5) or list(cls.model_fields)
+            raise ConfigError(f"{unknown[0]}: unknown key of a study; did you mean {' or '.join(near)}?")
+        try:
+            study = cls(**content["study"])
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ConfigError(f"{where or 'study'}: {first.get('input')!r} is out of range; {first['msg']}") from None
+        study.validate_cells()
+        return study
+
+    def validate_cells(self) -> None:
+        """ConfigError on the first run that can't be: before anything is written."""
+        if sorted(set(self.lr_grid)) != self.lr_grid:
+            raise ConfigError(f"lr_grid: {self.lr_grid} must ascend without repeats")
+        for variant, lr in self.lr_start.items():
+            if variant not in self.variants or lr not in self.lr_grid:
+                raise ConfigError(f"lr_start: {variant}: {lr} is not a variant of the study with a value of lr_grid")
+        for variant in self.variants:
+            for budget in self.epoch_budgets:
+                for lr in self.lr_grid:
+                    self.pretrain_config(variant, budget, lr)
+            if self.finetune is not None:
+                for augmult in self.finetune_augmults:
+                    self.finetune_config(variant, "to-be-found", augmult)
+
+    def pretrain_config(self, variant: str, epoch_budget: float, peak_lr: float) -> PretrainConfig:
+        """The config of one run of one cell."""
+        return PretrainConfig.from_params(
+            {**self.pretrain, "variant": variant, "epoch_budget": epoch_budget, "peak_lr": peak_lr}
+        )
+
+    def finetune_config(self, variant: str, pretrained_run: str, augmult: int) -> FinetuneConfig:
+        """The config of one fine-tuning run of a winner."""
+        return FinetuneConfig.from_params(
+            {**(self.finetune or {}), "variant": variant, "pretrained_run": pretrained_run, "augmult": augmult}
+        )
+
+
+def _numbers(cls: type[BaseModel], params: Mapping[str, Any]) -> dict[str, Any]:
+    """YAML 1.1 reads 1e-3 and 4e9 as text: text that is a number becomes one where the field wants a number."""
+    out = dict(params)
+    for name, value in params.items():
+        wanted = cls.model_fields[name].annotation
+        if wanted in (int, float, int | None) and isinstance(value, bool):
+            raise ConfigError(f"{name}: {value!r} is a truth value, not a number")
+        if wanted in (int, int | None) and isinstance(value, str):
+            try:
+                out[name] = float(value)
+            except ValueError:
+                raise ConfigError(f"{name}: {value!r} is not a whole number") from None
+    return out
+
+
+def _nearest(value: int, multiple: int) -> str:
+    below = value // multiple * multiple
+    return " or ".join(str(n) for n in (below, below + multiple) if n > 0)

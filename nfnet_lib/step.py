@@ -1,0 +1,79 @@
+"""One training step and one evaluation step: pure functions, compiled and sharded elsewhere (train.py)."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, Key, UInt8
+
+from nfnet_lib.augment import MEAN_RGB, STDDEV_RGB
+from nfnet_lib.losses import in_top, softmax_cross_entropy
+from nfnet_lib.models import Model, Params
+from nfnet_lib.optim import update_ema, warmup_cosine
+from nfnet_lib.sam import sam_gradient
+
+
+class TrainState(NamedTuple):
+    """step: updates made. ema: the moving average of params, or None."""
+
+    step: Int[Array, ""]
+    params: Params
+    opt_state: Any
+    ema: Params | None
+
+
+class Schedule(NamedTuple):
+    """What differs between runs that share one compiled step: data, not constants of the program."""
+
+    peak_lr: Float[Array, ""]
+    warmup_steps: Int[Array, ""]
+    total_steps: Int[Array, ""]
+
+
+def normalise(images: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
+    """Bytes to zero mean and unit variance by ImageNet's channel statistics."""
+    return (images.astype(jnp.float32) - jnp.asarray(MEAN_RGB)) / jnp.asarray(STDDEV_RGB)
+
+
+def init_state(model: Model, optimizer: optax.GradientTransformation, key: Key[Array, ""], *, ema: bool) -> TrainState:
+    """Step 0."""
+    params = model.init(key)
+    return TrainState(jnp.int32(0), params, optimizer.init(params), jax.tree.map(jnp.copy, params) if ema else None)
+
+
+def train_step(
+    state: TrainState, images: UInt8[Array, "B H W 3"], labels: Int[Array, " B"], schedule: Schedule,
+    key: Key[Array, ""], *, model: Model, optimizer: optax.GradientTransformation,
+    label_smoothing: float, rho: float, ema_decay: float,
+) -> tuple[TrainState, dict[str, Array]]:  # fmt: skip
+    """The state after one update, and {"loss", "lr", "grad_norm"} of it. key: of the run; the step is folded in here."""
+
+    def loss_fn(params, batch, key):
+        images, labels = batch
+        logits = model.apply(params, normalise(images), train=True, key=key)
+        return jnp.mean(softmax_cross_entropy(logits, labels, label_smoothing)), None
+
+    step_key = jax.random.fold_in(key, state.step)
+    (loss, _), grads = sam_gradient(loss_fn, state.params, (images, labels), step_key, rho)
+    lr = warmup_cosine(state.step, *schedule)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
+    ema = update_ema(state.ema, params, state.step, ema_decay) if state.ema is not None else None
+    metrics = {"loss": loss, "lr": lr, "grad_norm": optax.global_norm(grads)}
+    return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+
+def eval_step(
+    params: Params, images: UInt8[Array, "B H W 3"], labels: Int[Array, " B"], weights: Float[Array, " B"],
+    *, model: Model,
+) -> dict[str, Array]:  # fmt: skip
+    """Weighted sums over the batch: loss in nats, top-1 and top-5 hits, and the weight itself (0 for padding)."""
+    logits = model.apply(params, normalise(images))
+    each = {
+        "loss": softmax_cross_entropy(logits, labels),
+        "top1": in_top(logits, labels, 1),
+        "top5": in_top(logits, labels, 5),
+        "examples": jnp.ones_like(weights),
+    }
+    return {name: jnp.sum(value * weights) for name, value in each.items()}

@@ -1,0 +1,213 @@
+"""A study: pre-training cells with the learning rate tuned in each, fine-tuning of the winners, analysis, report.
+
+Every run is a cell (cell.run_cell): an executed notebook and a record. What is done is skipped, so that a study killed
+at any moment goes on where it was, and ends with the same records.
+"""
+
+import contextlib
+import fcntl
+import math
+import os
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from nfnet_lib import flops
+from nfnet_lib.cell import NOTEBOOKS, CellFailed, execute, project_relative, run_cell
+from nfnet_lib.config import ConfigError, RunConfig, StudyConfig
+from nfnet_lib.records import collect, results_csv, write_json
+from nfnet_lib.variants import VARIANTS
+
+_FREE_TO_CHANGE = ("workers", "memory_per_run_gb", "timeout_minutes", "notebooks")
+
+
+class Pool:
+    """A few threads, each of which waits for one run at a time on one core of its own."""
+
+    def __init__(self, study: StudyConfig, study_dir: Path, say: Callable[[str], None]):
+        cores = sorted(os.sched_getaffinity(0))
+        memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        fitting = max(1, int(memory_gb // study.memory_per_run_gb))
+        self.workers = min(study.workers or len(cores), len(cores), fitting)
+        self.failures: dict[str, str] = {}
+        self._study, self._dir, self._say = study, study_dir, say
+        self._cores: queue.SimpleQueue = queue.SimpleQueue()
+        for core in cores[: self.workers]:
+            self._cores.put(core)
+        self.stopping = threading.Event()
+
+    def run(self, config: RunConfig) -> float:
+        """Held-out loss of a run; infinite where it failed, which is reported and remembered."""
+        if self.stopping.is_set():
+            raise KeyboardInterrupt
+        core = self._cores.get()
+        try:
+            done = (self._dir / config.run_id / "run.ipynb").exists()
+            clock = time.monotonic()
+            summary = run_cell(config, self._dir, core=core, timeout=60 * self._study.timeout_minutes)
+            took = "skipped: already done" if done else f"{time.monotonic() - clock:.0f} s"
+            self._say(f"{config.run_id}: held-out loss {summary['heldout_loss']:.4f} ({took})")
+            return summary["heldout_loss"]
+        except CellFailed as error:
+            self.failures[config.run_id] = str(error)
+            self._say(f"{config.run_id}: FAILED: {error}")
+            return math.inf
+        finally:
+            self._cores.put(core)
+
+    def map(self, function: Callable, items: list, done: Callable[[], None]) -> None:
+        """function(item) for all items, as many at a time as there are workers; an interrupt ends all of them."""
+        with ThreadPoolExecutor(self.workers) as executor:
+            futures = [executor.submit(function, item) for item in items]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+                    done()
+            except BaseException:
+                self.stopping.set()
+                for future in futures:
+                    future.cancel()
+                raise
+
+
+def search_lr(grid: list[float], start: float, loss_of: Callable[[float], float]) -> dict[float, float]:
+    """{lr: loss} of the rates tried: start and its neighbours in `grid`, then on downhill until a minimum is bracketed.
+
+    The best rate found has a worse one on each side, unless it is an end of the grid.
+    """
+    tried: dict[int, float] = {}
+
+    def try_index(index: int) -> None:
+        if 0 <= index < len(grid) and index not in tried:
+            tried[index] = loss_of(grid[index])
+
+    best = grid.index(start)
+    while True:
+        for index in (best, best - 1, best + 1):
+            try_index(index)
+        lowest = min(tried, key=lambda index: (tried[index], index))
+        if lowest == best:
+            return {grid[index]: tried[index] for index in sorted(tried)}
+        best = lowest
+
+
+def run_study(study: StudyConfig, study_dir: Path) -> tuple[Path, dict[str, str]]:
+    """Run or resume a study; returns the report's path and {run or notebook: error} of what failed.
+
+    ConfigError if study_dir holds another study or is in use.
+    """
+    from tqdm.auto import tqdm
+
+    from nfnet_lib.report import build_report
+    from nfnet_lib.train import load_sources
+
+    _refuse_other_study(study, study_dir)
+    cells = [(variant, budget) for variant in study.variants for budget in study.epoch_budgets]
+    cells.sort(key=lambda cell: -_cost(study, *cell))  # the longest first: the pool stays full to the end
+    for config in [study.pretrain_config(*cells[0], study.lr_grid[0])] + (
+        [study.finetune_config(study.variants[0], "to-be-found", 1)] if study.finetune else []
+    ):
+        load_sources(config)  # an unknown or missing data set is refused here
+    study_dir.mkdir(parents=True, exist_ok=True)
+    with _exclusive(study_dir), _interruptible(study_dir):
+        write_json(study_dir / "study.json", study.model_dump(mode="json"))
+        tuning = len(study.variants) * len(study.finetune_augmults) if study.finetune else 0
+        with tqdm(total=len(cells) + tuning + len(study.notebooks) + 1, unit="cell", desc=study.name) as bar:
+            pool = Pool(study, study_dir, bar.write)
+            bar.write(f"{study.name}: {len(cells)} cells, {tuning} fine-tuning runs, {pool.workers} at a time")
+            pool.map(lambda cell: _tune_cell(study, pool, *cell), cells, lambda: bar.update())
+            records = collect(study_dir)
+            if study.finetune:
+                pool.map(pool.run, _finetuning(study, records), lambda: bar.update())
+                records = collect(study_dir)
+            results_csv(records, study_dir / "results.csv")
+            failures = dict(pool.failures)
+            for name in study.notebooks:
+                failures |= _analyse(name, study_dir, bar.write)
+                bar.update()
+            report = build_report(study_dir)
+            bar.update()
+    return report, failures
+
+
+def _tune_cell(study: StudyConfig, pool: Pool, variant: str, budget: float) -> None:
+    if study.lr_search == "grid":
+        for lr in study.lr_grid:
+            pool.run(study.pretrain_config(variant, budget, lr))
+        return
+    start = study.lr_start.get(variant, study.lr_grid[len(study.lr_grid) // 2])
+    search_lr(study.lr_grid, start, lambda lr: pool.run(study.pretrain_config(variant, budget, lr)))
+
+
+def _finetuning(study: StudyConfig, records) -> list[RunConfig]:
+    """Fine-tuning configs of the best pre-training run of each variant, by held-out loss."""
+    runs = records[records["kind"] == "pretrain"] if len(records) else records
+    configs = []
+    for variant in study.variants:
+        own = runs[runs["variant"] == variant].sort_values(["heldout_loss", "run_id"]) if len(runs) else []
+        if len(own):
+            configs += [study.finetune_config(variant, own.iloc[0]["run_id"], k) for k in study.finetune_augmults]
+    return sorted(configs, key=lambda config: -sum(VARIANTS[config.variant].depth) * VARIANTS[config.variant].width[0])
+
+
+def _analyse(name: str, study_dir: Path, say: Callable[[str], None]) -> dict[str, str]:
+    try:
+        execute(NOTEBOOKS / f"{name}.ipynb", study_dir / "analysis" / f"{name}.ipynb",
+                {"study_dir": project_relative(study_dir)}, timeout=600)  # fmt: skip
+        say(f"{name}: executed")
+        return {}
+    except CellFailed as error:
+        say(f"{name}: FAILED: {error}")
+        return {name: str(error)}
+
+
+def _cost(study: StudyConfig, variant: str, budget: float) -> float:
+    config = study.pretrain_config(variant, budget, study.lr_grid[0])
+    return budget * flops.forward_macs(VARIANTS[variant], config.resolution, config.num_classes)
+
+
+def _refuse_other_study(study: StudyConfig, study_dir: Path) -> None:
+    import json
+
+    path = study_dir / "study.json"
+    if not path.exists():
+        return
+    before, now = json.loads(path.read_text()), study.model_dump(mode="json")
+    for key in now:
+        if key not in _FREE_TO_CHANGE and before.get(key) != now[key]:
+            raise ConfigError(
+                f"{key}: {now[key]!r}, but {project_relative(study_dir)} holds a study with {before.get(key)!r}; "
+                "give the study another name or another --out"
+            )
+
+
+@contextlib.contextmanager
+def _exclusive(study_dir: Path) -> Iterator[None]:
+    with (study_dir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"study: another process is running {project_relative(study_dir)}") from None
+        yield
+
+
+@contextlib.contextmanager
+def _interruptible(study_dir: Path) -> Iterator[None]:
+    """On SIGINT or SIGTERM ask every run for a last checkpoint (a kernel never gets the signal itself), then go."""
+
+    def stop(*_):
+        for params in study_dir.glob("*/params.json"):
+            if not (params.parent / "summary.json").exists():
+                (params.parent / "STOP").touch()
+        raise KeyboardInterrupt
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

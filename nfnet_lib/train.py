@@ -1,0 +1,403 @@
+"""The training loop: `run(config, out_dir)`, also as `python -m nfnet_lib.train params.yaml --out DIR`.
+
+One call makes one run folder: params.json, metrics.jsonl, checkpoints/, summary.json. A folder with a summary is done;
+one without resumes from its newest sound checkpoint, and ends with the numbers of an undisturbed run.
+"""
+
+import contextlib
+import datetime
+import fcntl
+import functools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nfnet_lib import PROJECT, flops, models, paper
+from nfnet_lib.checkpoint import Checkpoints, leaf_digests
+from nfnet_lib.config import ConfigError, FinetuneConfig, RunConfig, config_from_params
+from nfnet_lib.loader import eval_batches, train_batches
+from nfnet_lib.optim import make_optimizer
+from nfnet_lib.records import PARAMS, SUMMARY, MetricsWriter, read_metrics, read_summary, write_json
+from nfnet_lib.sampler import ExactlyOnceSampler
+from nfnet_lib.sources import Source, cached, load_source
+from nfnet_lib.step import Schedule, TrainState, eval_step, init_state, train_step
+
+STOP = "STOP"  # a file of this name in the run folder asks for one more checkpoint and a clean end
+LOCK_SECONDS = 60
+EVAL_BATCH = 128
+
+
+class Stopped(RuntimeError):
+    """The run was asked to stop and can be resumed: exit code 75 (EX_TEMPFAIL)."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss is not a number; the last checkpoint is kept."""
+
+
+def run(config: RunConfig, out_dir: str | Path, *, cache_dir: str | Path | None = None, progress: bool = True) -> dict:
+    """Train, evaluate and record one run in out_dir; returns its summary (also that of a run done before).
+
+    cache_dir: shared by the runs of a study, for compiled programs and rendered images. ConfigError, before anything
+    is written, for what can't be run or for an out_dir that holds a run of another config.
+    """
+    out_dir = Path(out_dir)
+    _refuse_other(config, out_dir)
+    if (out_dir / SUMMARY).exists():
+        return read_summary(out_dir)
+    if config.dtype == "bfloat16" and jax.default_backend() == "cpu":
+        print("note: bfloat16 activations are emulated on CPU, and slow", file=sys.stderr)
+    train_source, heldout_source = load_sources(config)
+    initial = _pretrained_body(config, out_dir)
+    if cache_dir is not None:
+        _compilation_cache(Path(cache_dir))
+        train_source, heldout_source = (cached(s, Path(cache_dir) / "images") for s in (train_source, heldout_source))
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with _lock(out_dir):
+        if (out_dir / SUMMARY).exists():
+            return read_summary(out_dir)
+        write_json(out_dir / PARAMS, config.model_dump(mode="json"))
+        (out_dir / STOP).unlink(missing_ok=True)
+        summary = _train(config, out_dir, train_source, heldout_source, initial, progress)
+        write_json(out_dir / SUMMARY, summary)
+        (out_dir / "failure.json").unlink(missing_ok=True)
+        return summary
+
+
+def load_sources(config: RunConfig) -> tuple[Source, Source]:
+    """The training and held-out examples that a config asks for; ConfigError for what does not exist."""
+    options = {"num_classes": config.num_classes, "seed": config.data_seed} if config.dataset == "fractals" else {}
+    if not config.dataset.startswith("tfds:"):
+        options["image_size"] = config.image_size
+    elif config.data_dir:
+        options["data_dir"] = config.data_dir
+    try:
+        return tuple(
+            load_source(config.dataset, split, num_examples=number, **options)
+            for split, number in (("train", config.examples_per_epoch), ("heldout", config.heldout_examples))
+        )
+    except ValueError as error:
+        text = str(error)
+        raise ConfigError(text if text.startswith("dataset") else f"dataset: {text}") from None
+
+
+def load_params(run_dir: str | Path) -> Any:
+    """The parameters of a finished run, as models.create(...).apply takes them: the moving average where it has one."""
+    summary = read_summary(run_dir)
+    with np.load(Path(run_dir) / "params.npz") as file:
+        flat = dict(file)
+    for path, digest in summary["params_digests"].items():
+        if path not in flat or leaf_digests({"": flat[path]})["['']"] != digest:
+            raise ConfigError(f"{run_dir}: params.npz is damaged at {path}")
+    tree: dict = {}
+    for path, array in flat.items():
+        *parents, last = path.split("/")
+        functools.reduce(lambda node, name: node.setdefault(name, {}), parents, tree)[last] = array
+    return tree
+
+
+def _train(config, out_dir, train_source, heldout_source, initial, progress) -> dict[str, Any]:
+    started = _now()
+    clock = time.perf_counter()
+    model = models.create(
+        config.variant, train_source.num_classes, drop_rate=config.drop_rate, stochdepth_rate=config.stochdepth_rate,
+        bottleneck_rule=config.bottleneck_rule, dtype=jnp.dtype(config.dtype), unroll=config.unroll,
+    )  # fmt: skip
+    optimizer = make_optimizer(
+        momentum=config.momentum, weight_decay=config.weight_decay, agc_clip=config.agc_clip, agc_eps=config.agc_eps
+    )
+    schedule = Schedule(jnp.float32(config.peak_lr), jnp.int32(config.warmup_steps), jnp.int32(config.steps))
+    init_key, noise_key = jax.random.split(jax.random.key(config.seed))
+    init = functools.partial(init_state, model, optimizer, ema=config.ema_decay > 0)
+    step_function = functools.partial(
+        train_step, model=model, optimizer=optimizer, label_smoothing=config.label_smoothing, rho=config.rho,
+        ema_decay=config.ema_decay,
+    )  # fmt: skip
+    compile_clock = time.perf_counter()
+    shape = (config.batch_size, config.resolution, config.resolution, 3)
+    step = (
+        jax.jit(step_function, donate_argnums=0)
+        .lower(jax.eval_shape(init, init_key), jax.ShapeDtypeStruct(shape, jnp.uint8),
+               jax.ShapeDtypeStruct(shape[:1], jnp.int32), schedule, noise_key)
+        .compile()
+    )  # fmt: skip
+    evaluate = _compile_evaluation(model, config, heldout_source)
+    state = jax.jit(init)(init_key)
+    compile_seconds = time.perf_counter() - compile_clock
+    if initial is not None:
+        params = transfer(initial, state.params)
+        ema = jax.tree.map(jnp.copy, params) if state.ema is not None else None
+        state = state._replace(params=params, ema=ema)
+
+    sampler = ExactlyOnceSampler(len(train_source), config.seed)
+    checkpoints = Checkpoints(out_dir / "checkpoints")
+    begin, trained_seconds = 0, 0.0
+    restored = checkpoints.restore(state)
+    if restored is not None:
+        begin, saved, record = restored
+        checkpoints.discard_above(begin)
+        sampler.check(record["data"], train_source.fingerprint)
+        state = jax.tree.map(jnp.asarray, saved)
+        trained_seconds = record["seconds"]
+    batches = train_batches(
+        train_source, sampler, batch_size=config.batch_size, augmult=config.augmult, resolution=config.resolution,
+        seed=config.seed, start=begin * config.unique_per_step, flip=config.flip, min_area=config.min_area,
+    )  # fmt: skip
+    log_at = _spread(config.log_points, config.steps)
+    save_at = _spread(config.checkpoints, config.steps) - {config.steps}
+    eval_at = _spread(config.evaluations, config.steps) - {config.steps}
+
+    loop_clock = time.perf_counter()
+    with contextlib.closing(batches), MetricsWriter(out_dir / "metrics.jsonl", last_step=begin) as writer:
+        bar = _progress(config, begin, progress)
+
+        def read(metrics: dict, number: int) -> None:
+            """Metrics of an earlier step: the device is already busy with the next."""
+            loss = float(metrics["loss"])
+            if not np.isfinite(loss):
+                raise NonFiniteLoss(f"the loss is {loss} at step {number} of {config.steps}; a lower peak_lr may help")
+            if number in log_at:
+                rate = (number - begin) * config.batch_size / (time.perf_counter() - loop_clock)
+                writer.write(
+                    number, epoch=number * config.batch_size / config.examples_per_epoch, loss=loss,
+                    lr=float(metrics["lr"]), grad_norm=float(metrics["grad_norm"]), images_per_second=round(rate, 1),
+                )  # fmt: skip
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.update(config.batch_size)
+
+        pending = None
+        for number in range(begin + 1, config.steps + 1):
+            batch = next(batches)
+            state, metrics = step(state, batch.images, batch.labels, schedule, noise_key)
+            if pending is not None:
+                read(pending, number - 1)
+            pending = metrics
+            stopping = (out_dir / STOP).exists()
+            if number in save_at or stopping:
+                read(pending, number)
+                pending = None
+                writer.sync()
+                seconds = trained_seconds + time.perf_counter() - loop_clock
+                data = sampler.state(batch.position, train_source.fingerprint)
+                checkpoints.save(number, state, {"data": data, "seconds": seconds})
+            if stopping:
+                checkpoints.close()
+                raise Stopped(f"stopped at step {number} of {config.steps}; start it again to resume")
+            if number in eval_at:
+                write_json(out_dir / "heldout" / f"{number:09d}.json", evaluate(state.params))
+        if pending is not None:
+            read(pending, config.steps)
+        bar.close()
+    trained_seconds += time.perf_counter() - loop_clock
+    results = evaluate(state.params)
+    if state.ema is not None:
+        results |= {f"{name}_ema": value for name, value in evaluate(state.ema).items()}
+    digests = _save_params(out_dir, state.params if state.ema is None else state.ema)
+    checkpoints.close()
+    return _summary(
+        config, out_dir, train_source.num_classes, results, digests, started=started, seconds=trained_seconds,
+        compile_seconds=compile_seconds, wall_seconds=time.perf_counter() - clock,
+    )  # fmt: skip
+
+
+def transfer(pretrained: Any, fresh: Any) -> Any:
+    """`fresh` parameters with the body of `pretrained`; a new head. ConfigError if the bodies differ in shape."""
+    out = dict(fresh)
+    for name, module in pretrained.items():
+        if name == "head":
+            continue
+        shapes = [jax.tree.map(jnp.shape, tree) for tree in (module, fresh.get(name))]
+        if shapes[0] != shapes[1]:
+            raise ConfigError(f"pretrained_run: its {name} does not fit the variant")
+        out[name] = jax.tree.map(jnp.asarray, module)
+    return out
+
+
+def _compile_evaluation(model, config: RunConfig, source: Source):
+    """A function of the parameters: {"heldout_loss", "heldout_top1", "heldout_top5"}, each example counted once."""
+    batch = min(EVAL_BATCH, len(source))
+    shape = (batch, config.eval_resolution, config.eval_resolution, 3)
+    compiled = (
+        jax.jit(functools.partial(eval_step, model=model))
+        .lower(model.param_shapes(), jax.ShapeDtypeStruct(shape, jnp.uint8),
+               jax.ShapeDtypeStruct((batch,), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.float32))
+        .compile()
+    )  # fmt: skip
+
+    def evaluate(params) -> dict[str, float]:
+        totals = {"loss": 0.0, "top1": 0.0, "top5": 0.0, "examples": 0.0}
+        for images, labels, weights in eval_batches(
+            source, batch_size=batch, resolution=config.eval_resolution, margin=config.eval_margin
+        ):
+            sums = jax.device_get(compiled(params, images, labels, weights))
+            totals = {name: totals[name] + float(sums[name]) for name in totals}
+        if round(totals["examples"]) != len(source):
+            raise RuntimeError(f"evaluated {totals['examples']} examples of {len(source)}")
+        return {f"heldout_{name}": totals[name] / totals["examples"] for name in ("loss", "top1", "top5")}
+
+    return evaluate
+
+
+def _pretrained_body(config: RunConfig, out_dir: Path) -> Any:
+    """Parameters of the pre-training run beside out_dir that a FinetuneConfig names, or None."""
+    if not isinstance(config, FinetuneConfig):
+        return None
+    folder = out_dir.parent / config.pretrained_run
+    if not (folder / SUMMARY).exists():
+        runs = sorted(path.parent.name for path in out_dir.parent.glob(f"*/{SUMMARY}"))
+        raise ConfigError(
+            f"pretrained_run: {config.pretrained_run!r} is not a finished run beside {out_dir.name}; "
+            f"finished: {', '.join(runs[:5]) or 'none'}"
+        )
+    source = read_summary(folder)["config"]
+    for name in ("variant", "bottleneck_rule"):
+        if source[name] != getattr(config, name):
+            raise ConfigError(f"{name}: {getattr(config, name)!r} is not that of {config.pretrained_run}, {source[name]!r}")
+    return load_params(folder)
+
+
+def _save_params(out_dir: Path, params: Any) -> dict[str, str]:
+    """params.npz with one array a parameter, written whole or not at all; returns a digest of each."""
+    flat = {
+        "/".join(str(p.key) for p in path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    partial = out_dir / "params.partial.npz"
+    with partial.open("wb") as file:
+        np.savez(file, **flat)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(out_dir / "params.npz")
+    return {path: leaf_digests({"": array})["['']"] for path, array in flat.items()}
+
+
+def _summary(config, out_dir, num_classes, results, digests, *, started, seconds, compile_seconds, wall_seconds) -> dict:
+    variant = models.get_variant(config.variant)
+    macs = flops.forward_macs(variant, config.resolution, num_classes, config.bottleneck_rule)
+    images_seen = config.steps * config.batch_size
+    total = flops.train_flops(macs, images_seen, config.rho)
+    curve = read_metrics(out_dir)["loss"]
+    cores = len(os.sched_getaffinity(0)) if jax.default_backend() == "cpu" else jax.device_count()
+    return {
+        "schema": 1, "run_id": config.run_id, "kind": config.kind, "status": "done",
+        "config": config.model_dump(mode="json"), "config_hash": config.config_hash,
+        "num_params": flops.num_params(variant, num_classes, config.bottleneck_rule),
+        "forward_macs": macs, "train_flops": total, "steps": config.steps, "images_seen": images_seen,
+        "examples_drawn": config.steps * config.unique_per_step, "seconds": seconds,
+        "compile_seconds": compile_seconds, "wall_seconds": wall_seconds,
+        "images_per_second": images_seen / seconds, "core_hours": seconds * cores / 3600,
+        "tpu_v4_core_hours": float(paper.tpu_v4_core_hours(total)), **results,
+        "train_loss": float(curve.tail(max(1, len(curve) // 10)).mean()),
+        "device_kind": jax.devices()[0].device_kind, "device_count": jax.device_count(),
+        "platform": jax.default_backend(), "host_cores": cores, "versions": _versions(), **_git(),
+        "started_at": started, "finished_at": _now(), "params_digests": digests,
+    }  # fmt: skip
+
+
+def _refuse_other(config: RunConfig, out_dir: Path) -> None:
+    params = out_dir / PARAMS
+    if params.exists():
+        before = json.loads(params.read_text())
+        now = config.model_dump(mode="json")
+        for name in sorted(set(before) | set(now)):
+            if before.get(name) != now.get(name):
+                raise ConfigError(
+                    f"{name}: {now.get(name)!r}, but {out_dir.name} holds a run with {before.get(name)!r}; "
+                    "choose another output folder"
+                )
+
+
+def _compilation_cache(folder: Path) -> None:
+    jax.config.update("jax_compilation_cache_dir", str(folder.resolve() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@contextlib.contextmanager
+def _lock(out_dir: Path) -> Iterator[None]:
+    """One process a run folder; the lock ends with its holder, however that dies."""
+    with (out_dir / ".lock").open("w") as file:
+        for attempt in range(LOCK_SECONDS * 4):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if attempt == LOCK_SECONDS * 4 - 1:
+                    raise ConfigError(f"out_dir: another process is running {out_dir.name}") from None
+                time.sleep(0.25)
+        yield
+
+
+def _spread(points: int, steps: int) -> set[int]:
+    """At most `points` step numbers, evenly spread, the last one `steps`."""
+    return {round((i + 1) * steps / min(points, steps)) for i in range(min(points, steps))}
+
+
+def _progress(config: RunConfig, begin: int, shown: bool):
+    from tqdm.auto import tqdm
+
+    return tqdm(
+        total=config.steps * config.batch_size, initial=begin * config.batch_size, unit="img", unit_scale=True,
+        desc=config.variant, disable=not shown, mininterval=1.0,
+    )  # fmt: skip
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {"python": sys.version.split()[0]} | {
+        name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    }
+
+
+def _git() -> dict[str, Any]:
+    """The commit of the code, and whether files that git tracks differ from it; None outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=PROJECT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.CalledProcessError):
+        return {"git_commit": None, "git_dirty": None}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m nfnet_lib.train params.yaml --out DIR`; exit codes 0 done, 2 bad parameters, 75 stopped."""
+    import argparse
+
+    import yaml
+
+    parser = argparse.ArgumentParser(prog="python -m nfnet_lib.train", description="Train one run, or resume it.")
+    parser.add_argument("params", type=Path, help="YAML or JSON file of flat parameters")
+    parser.add_argument("--out", type=Path, required=True, help="run folder")
+    parser.add_argument("--cache-dir", type=Path, help="compiled programs and rendered images, shared by runs")
+    arguments = parser.parse_args(argv)
+    try:
+        config = config_from_params(yaml.safe_load(arguments.params.read_text()))
+        summary = run(config, arguments.out, cache_dir=arguments.cache_dir)
+    except (ConfigError, OSError, yaml.YAMLError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        return 75
+    print(f"held-out loss {summary['heldout_loss']:.4f}, top-1 {summary['heldout_top1']:.1%}: {arguments.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
