@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -34,6 +34,7 @@ class RunConfig(BaseModel):
     examples_per_epoch: int = Field(8192, ge=1, description="distinct training examples that make one epoch")
     heldout_examples: int = Field(2048, ge=1, description="examples of the held-out set")
     data_seed: int = Field(0, ge=0, lt=2**32, description="seed of the fractals' classes and images")
+    hue_spread: float = Field(1.0, ge=0, le=1, description="of the fractals of a class; 1: colour says nothing of it")
     epoch_budget: float = Field(1.0, gt=0, le=10_000, description="epochs of compute: views / examples_per_epoch")
     batch_size: int = Field(32, ge=1, description="views a step, over all devices")
     augmult: int = Field(1, ge=1, le=256, description="views of each image in a batch (repeated augmentation)")
@@ -41,7 +42,7 @@ class RunConfig(BaseModel):
     flip: bool = Field(True, description="mirror training images at random")
     resolution: int = Field(32, ge=8, le=4096, description="training image side in pixels")
     eval_resolution: int = Field(40, ge=8, le=4096, description="evaluation image side in pixels")
-    eval_margin: int | None = Field(None, ge=0, description="resize to eval_resolution + margin, then centre crop")
+    eval_margin: int = Field(-1, ge=-1, description="evaluation resizes by this beyond its crop; -1: 32, or an eighth")
     peak_lr: float = Field(0.1, gt=0, le=1000, description="learning rate after warm-up")
     warmup_fraction: float = Field(0.05, ge=0, lt=1, description="share of the steps with linear warm-up, if under 5,000")
     momentum: float = Field(0.9, ge=0, lt=1, description="Nesterov momentum")
@@ -61,7 +62,7 @@ class RunConfig(BaseModel):
     log_points: int = Field(100, ge=1, description="lines in metrics.jsonl, at most one a step")
 
     @classmethod
-    def from_params(cls, params: Mapping[str, Any]) -> Self:
+    def from_params(cls, params: Mapping[str, Any]) -> "RunConfig":
         """The config of a flat mapping (papermill's, YAML's). ConfigError in one line on the first thing wrong."""
         unknown = sorted(set(params) - set(cls.model_fields))
         if unknown:
@@ -78,7 +79,7 @@ class RunConfig(BaseModel):
             raise ConfigError(f"{name}: {params.get(name)!r} is out of range; {first['msg'].lower()}") from None
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> "RunConfig":
         variant = get_variant(self.variant)
         for name in ("resolution", "eval_resolution"):
             if getattr(self, name) % variant.resolution_multiple:
@@ -178,7 +179,7 @@ class StudyConfig(BaseModel):
     timeout_minutes: float = Field(120, gt=0, description="of one run")
 
     @classmethod
-    def from_file(cls, path: str | Path) -> Self:
+    def from_file(cls, path: str | Path) -> "StudyConfig":
         """The study of a YAML file; ConfigError in one line otherwise. Every cell is validated here."""
         import yaml
 
@@ -238,9 +239,9 @@ def _numbers(cls: type[BaseModel], params: Mapping[str, Any]) -> dict[str, Any]:
     out = dict(params)
     for name, value in params.items():
         wanted = cls.model_fields[name].annotation
-        if wanted in (int, float, int | None) and isinstance(value, bool):
+        if wanted in (int, float) and isinstance(value, bool):
             raise ConfigError(f"{name}: {value!r} is a truth value, not a number")
-        if wanted in (int, int | None) and isinstance(value, str):
+        if wanted is int and isinstance(value, str):
             try:
                 out[name] = float(value)
             except ValueError:

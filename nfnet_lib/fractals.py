@@ -39,13 +39,19 @@ _COS, _SIN = np.round(np.cos(_ANGLES), 6), np.round(np.sin(_ANGLES), 6)  # round
 class FractalGenerator:
     """Renders instances of `num_classes` fractal classes as RGB images of `image_size` pixels a side.
 
-    Class c is the same for every `num_classes` above it. Thread-safe. Raises ValueError for values out of range.
+    Class c is the same for every `num_classes` above it. Thread-safe.
+
+    hue_spread: width, in turns of the colour circle, of the hues that a class's fractals take. 1: colour says nothing
+    of the class. Smaller: colour is a cue that is learned before shape, as the easy cues of photographs are. Raises ValueError for values out of range.
     """
 
-    def __init__(self, num_classes: int, image_size: int, seed: int = 0):
+    def __init__(self, num_classes: int, image_size: int, seed: int = 0, hue_spread: float = 1.0):
         self.num_classes, self.image_size, self.seed = map(operator.index, (num_classes, image_size, seed))
         if not 1 <= num_classes <= 2**24:
             raise ValueError(f"num_classes={num_classes}: expected 1 to {2**24}")
+        if not 0 <= hue_spread <= 1:
+            raise ValueError(f"hue_spread={hue_spread}: expected 0 to 1 turn")
+        self.hue_spread = hue_spread
         if not 8 <= image_size <= 512:
             raise ValueError(f"image_size={image_size}: expected 8 to 512 pixels")
         self._ready = np.zeros(num_classes, bool)
@@ -101,6 +107,10 @@ class FractalGenerator:
         total = np.bincount(cell.ravel(), weights=colour.ravel(), minlength=cells)
         hits = hits.reshape(batch, wide, wide)[:, 1:-1, 1:-1].astype(np.float32)
         total = total.reshape(batch, wide, wide)[:, 1:-1, 1:-1].astype(np.float32)
+        if self.hue_spread < 1:
+            mean = uniforms(self.seed, classes, 0, 1, "fractal-hue").astype(np.float32)[:, 0]
+            u[:, 20] = mean + np.float32(self.hue_spread) * (u[:, 20] - np.float32(0.5))
+            u[:, 21:23] *= np.float32(self.hue_spread)
         return _paint(hits, total / np.maximum(hits, 1), u)
 
 

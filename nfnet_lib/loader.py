@@ -75,10 +75,13 @@ def train_batches(
 
 
 def eval_batches(
-    source: Source, *, batch_size: int, resolution: int, margin: int | None = None
+    source: Source, *, batch_size: int, resolution: int, margin: int = -1
 ) -> Iterator[tuple[UInt8[np.ndarray, "B H W 3"], Int32[np.ndarray, " B"], Float[np.ndarray, " B"]]]:
-    """(images, labels, weights) of every example once, in order; the last batch is padded with weight 0."""
-    margin = default_margin(resolution) if margin is None else margin
+    """(images, labels, weights) of every example once, in order; the last batch is padded with weight 0.
+
+    margin: `eval_views`; -1 is `default_margin`.
+    """
+    margin = default_margin(resolution) if margin < 0 else margin
     for start in range(0, len(source), batch_size):
         ids = np.arange(start, min(start + batch_size, len(source)), dtype=np.int64)
         images, labels = source.batch(ids)

@@ -74,3 +74,38 @@ def create(name: str, num_classes: int = 1000, **settings: Any) -> Model:
 
     graphdef, state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
     return Model(variant, num_classes, settings, build, graphdef, state)
+
+
+def signal_table(
+    name: str, *, skip_gain: float = 1.0, resolution: int | None = None, batch_size: int = 16, seed: int = 0
+):
+    """Signal figures of each block of a freshly initialised variant on random normal images, as a DataFrame.
+
+    Columns: block, stage, mean_squared, variance, branch_variance (`nfnet.signal_figures`). skip_gain replaces the
+    SkipInit gains, which are 0 in a fresh network and would hide the branches.
+    """
+    import jax.numpy as jnp
+    import pandas as pd
+
+    model = create(name, num_classes=10)
+    init_key, image_key = jax.random.split(jax.random.key(seed))
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, p: jnp.full_like(p, skip_gain) if str(path[-1].key) == "skip_gain" else p, model.init(init_key)
+    )
+    side = resolution or model.variant.train_px
+    images = jax.random.normal(image_key, (batch_size, side, side, 3))
+    signals = jax.jit(lambda p, x: model.apply_with_features(p, x)[1]["signals"])(params, images)
+    stages = [stage for stage, depth in enumerate(model.variant.depth) for _ in range(depth)]
+    table = pd.DataFrame(jax.device_get(signals), columns=["mean_squared", "variance", "branch_variance"])
+    table.insert(0, "stage", stages)
+    table.insert(0, "block", range(len(stages)))
+    return table
+
+
+def signal_sentence(table) -> str:
+    """What a signal table shows, in one sentence."""
+    low, high = table["variance"].min(), table["variance"].max()
+    return (
+        f"Over {len(table)} blocks the mean channel variance stays between {low:.2f} and {high:.2f}, the residual "
+        f"branches' between {table['branch_variance'].min():.2f} and {table['branch_variance'].max():.2f}."
+    )

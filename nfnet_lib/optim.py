@@ -16,10 +16,10 @@ def decay_mask(params: PyTree) -> PyTree:
 
 
 def make_optimizer(
-    learning_rate: float | optax.Schedule | None = None,
+    learning_rate: float | int | optax.Schedule | None = None,
     *,
-    momentum: float = 0.9,
-    weight_decay: float = 0.0,
+    momentum: float | int = 0.9,
+    weight_decay: float | int = 0.0,
     agc_clip: float = 0.01,
     agc_eps: float = 1e-3,
 ) -> optax.GradientTransformation:

@@ -282,3 +282,17 @@ def signal_propagation(table: "pd.DataFrame", note: str | None = None) -> Figure
     all_axes[-1].set_xlabel("residual block, in order of depth")
     figure.align_ylabels()
     return figure
+
+
+def contact_sheet(images: np.ndarray, note: str | None = None, columns: int = 12) -> Figure:
+    """Images uint8 [N, H, W, 3] side by side, `columns` a row, as they are."""
+    rows = -(-len(images) // columns)
+    size = images.shape[1]
+    sheet = np.full((rows * (size + 2), columns * (size + 2), 3), 255, np.uint8)
+    for index, image in enumerate(images):
+        top, left = index // columns * (size + 2), index % columns * (size + 2)
+        sheet[top : top + size, left : left + size] = image
+    figure, axes = new_figure(size=(9, 9 * rows / columns + 0.3), note=note)
+    axes.imshow(sheet, interpolation="nearest")
+    axes.set_axis_off()
+    return figure

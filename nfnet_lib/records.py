@@ -344,3 +344,33 @@ def _failure_message(path: Path) -> str:
 def results_csv(df: "pd.DataFrame", path: str | os.PathLike) -> None:
     """Write a table as CSV (UTF-8, LF, exact floats, empty for missing), atomically; equal tables, equal bytes."""
     _replace(Path(path), df.to_csv(index=False, lineterminator="\n"))
+
+
+def headline(summary: Mapping[str, Any]) -> "pd.DataFrame":
+    """The figures of one run that a reader looks for first, as a one-column table."""
+    import pandas as pd
+
+    rows = {
+        "held-out loss (nats)": f"{summary['heldout_loss']:.4f}",
+        "held-out top-1": f"{summary['heldout_top1']:.1%}",
+        "held-out top-5": f"{summary['heldout_top5']:.1%}",
+        "training loss, last tenth": f"{summary['train_loss']:.4f}",
+        "views seen": f"{summary['images_seen']:,}",
+        "training FLOPs": f"{summary['train_flops']:.3g}",
+        "images/s": f"{summary['images_per_second']:.0f}",
+        "core-hours on this device": f"{summary['core_hours']:.3g} ({summary['device_kind']})",
+        "TPU-v4 core-hours by formula": f"{summary['tpu_v4_core_hours']:.3g}",
+        "commit": f"{(summary['git_commit'] or 'none')[:10]}{' (modified)' if summary['git_dirty'] else ''}",
+    }
+    return pd.DataFrame({summary["config"]["variant"]: rows})
+
+
+def sentence(summary: Mapping[str, Any]) -> str:
+    """One run in one sentence, from its numbers."""
+    config = summary["config"]
+    did = "pre-trained" if summary["kind"] == "pretrain" else "fine-tuned"
+    return (
+        f"{config['variant']} {did} on {config['dataset']} for {config['epoch_budget']:g} epochs of "
+        f"{config['examples_per_epoch']:,} images: held-out loss {summary['heldout_loss']:.3f}, "
+        f"top-1 {summary['heldout_top1']:.1%}, at {summary['train_flops']:.2g} training FLOPs. Laptop scale."
+    )

@@ -11,7 +11,7 @@ LossFunction = Callable[[PyTree, Any, Key[Array, ""]], tuple[Array, Any]]
 
 
 def sam_gradient(
-    loss_fn: LossFunction, params: PyTree, batch: Any, key: Key[Array, ""], rho: float
+    loss_fn: LossFunction, params: PyTree, batch: Any, key: Key[Array, ""], rho: float | int
 ) -> tuple[tuple[Array, Any], PyTree]:
     """((clean loss, clean aux), gradient at params + rho * g / ||g||), where g is the gradient at params.
 

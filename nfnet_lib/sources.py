@@ -67,13 +67,13 @@ class ArraySource:
 class FractalSource:
     """Rendered on demand: example i is instance i // num_classes of class i % num_classes."""
 
-    def __init__(self, split: str, num_examples: int, num_classes: int, image_size: int, seed: int):
+    def __init__(self, split: str, num_examples: int, num_classes: int, image_size: int, seed: int, hue_spread: float):
         self.name, self.num_classes, self._length = "fractals", num_classes, num_examples
-        self._generator = FractalGenerator(num_classes, image_size, seed)
+        self._generator = FractalGenerator(num_classes, image_size, seed, hue_spread)
         self._first = 0 if split == "train" else HELDOUT_INSTANCE
         self.fingerprint = fingerprint(
             name="fractals", version=FRACTALS_VERSION, split=split, n=num_examples, classes=num_classes,
-            size=image_size, seed=seed,
+            size=image_size, seed=seed, hue_spread=hue_spread,
         )  # fmt: skip
 
     def __len__(self) -> int:
@@ -148,11 +148,11 @@ def decode_image(encoded: bytes | np.ndarray, where: str) -> UInt8[np.ndarray, "
 
 def load_source(
     name: str, split: str, *, num_examples: int | None = None, num_classes: int | None = None,
-    image_size: int | None = None, seed: int = 0, data_dir: str | os.PathLike | None = None,
+    image_size: int | None = None, seed: int = 0, hue_spread: float = 1.0, data_dir: str | os.PathLike | None = None,
 ) -> Source:  # fmt: skip
     """The source called `name`, its "train" or "heldout" split, its first `num_examples` (default: all).
 
-    num_classes, image_size, seed: of `fractals` (default 64 classes, 40 px; num_examples must be given); image_size
+    num_classes, image_size, seed, hue_spread: of `fractals` (default 64 classes, 40 px; num_examples must be given); image_size
     also of `digits`. data_dir: where TFDS data was prepared (default: TFDS_DATA_DIR, or TFDS's own default). ValueError
     names what is wrong, with near names.
     """
@@ -160,7 +160,7 @@ def load_source(
         raise ValueError(f"split: {split!r} is not one of {', '.join(SPLITS)}")
     if name == "fractals":
         length = _checked_length(name, split, num_examples, FRACTALS_HELDOUT if split == "heldout" else 2**31)
-        return FractalSource(split, length, num_classes or 64, image_size or 40, seed)
+        return FractalSource(split, length, num_classes or 64, image_size or 40, seed, hue_spread)
     if name == "digits":
         return _digits(split, num_examples, image_size or 40)
     if name.startswith("tfds:") and len(name) > 5:

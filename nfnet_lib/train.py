@@ -23,7 +23,7 @@ import numpy as np
 
 from nfnet_lib import PROJECT, flops, models, paper
 from nfnet_lib.checkpoint import Checkpoints, leaf_digests
-from nfnet_lib.config import ConfigError, FinetuneConfig, RunConfig, config_from_params
+from nfnet_lib.config import ConfigError, FinetuneConfig, PretrainConfig, RunConfig, config_from_params
 from nfnet_lib.loader import eval_batches, train_batches
 from nfnet_lib.optim import make_optimizer
 from nfnet_lib.records import PARAMS, SUMMARY, MetricsWriter, read_metrics, read_summary, write_json
@@ -75,7 +75,9 @@ def run(config: RunConfig, out_dir: str | Path, *, cache_dir: str | Path | None 
 
 def load_sources(config: RunConfig) -> tuple[Source, Source]:
     """The training and held-out examples that a config asks for; ConfigError for what does not exist."""
-    options = {"num_classes": config.num_classes, "seed": config.data_seed} if config.dataset == "fractals" else {}
+    options: dict[str, Any] = {}
+    if config.dataset == "fractals":
+        options = {"num_classes": config.num_classes, "seed": config.data_seed, "hue_spread": config.hue_spread}
     if not config.dataset.startswith("tfds:"):
         options["image_size"] = config.image_size
     elif config.data_dir:
@@ -88,6 +90,27 @@ def load_sources(config: RunConfig) -> tuple[Source, Source]:
     except ValueError as error:
         text = str(error)
         raise ConfigError(text if text.startswith("dataset") else f"dataset: {text}") from None
+
+
+def example_views(config: RunConfig, count: int = 24) -> np.ndarray:
+    """The first `count` training views of a run, uint8 [count, resolution, resolution, 3]."""
+    source, _ = load_sources(config)
+    batches = train_batches(
+        source, ExactlyOnceSampler(len(source), config.seed), batch_size=-(-count // config.augmult) * config.augmult,
+        augmult=config.augmult, resolution=config.resolution, seed=config.seed, flip=config.flip,
+        min_area=config.min_area, prefetch=1,
+    )  # fmt: skip
+    with contextlib.closing(batches):
+        return next(batches).images[:count]
+
+
+def small_pretraining(variant: str, root: Path, cache_dir: str | Path) -> str:
+    """run_id of a pre-training run of a minute or so in `root`, made unless it is there: for trying out what follows."""
+    config = PretrainConfig(
+        variant=variant, num_classes=16, hue_spread=0.1, examples_per_epoch=1024, heldout_examples=512, batch_size=16,
+        eval_resolution=32, agc_clip=0.16, agc_eps=0.05, peak_lr=0.05,
+    )  # fmt: skip
+    return run(config, root / config.run_id, cache_dir=cache_dir)["run_id"]
 
 
 def load_params(run_dir: str | Path) -> Any:

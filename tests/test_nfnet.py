@@ -1,0 +1,172 @@
+"""The model against the released code's figures, and the properties that make an NFNet one."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from released import leaf_names, released_norms, rule_params
+
+from nfnet_lib import flops, models
+from nfnet_lib.losses import softmax_cross_entropy
+from nfnet_lib.nfnet import average_pool, convolve, grouped_matmul_convolve, standardise_weight
+from nfnet_lib.optim import make_optimizer
+from nfnet_lib.variants import VARIANTS, get_variant
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "tiny.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    with jax.default_matmul_precision("highest"):
+        model = models.create("F0-mini", GOLDEN["classes"])
+        shape = (GOLDEN["batch"], GOLDEN["res"], GOLDEN["res"], 3)
+        images = jnp.asarray(np.random.default_rng(7).standard_normal(shape).astype(np.float32))
+        labels = jnp.arange(GOLDEN["batch"]) % GOLDEN["classes"]
+        yield model, rule_params(model), images, labels
+
+
+def loss_of(model, images, labels):
+    return lambda params: jnp.mean(softmax_cross_entropy(model.apply(params, images, train=True), labels))
+
+
+def test_names_and_shapes_are_the_released_ones(tiny):
+    model, params, *_ = tiny
+    shapes = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        path = "/".join(str(p.key) for p in path)
+        for name in leaf_names(model)[path]:
+            shapes[name] = list(leaf.shape[1:] if "/rest/" in path else leaf.shape)
+    assert shapes == GOLDEN["leaves"]
+
+
+def test_logits_and_features(tiny):
+    model, params, images, _ = tiny
+    logits, extra = jax.jit(model.apply_with_features)(params, images)
+    np.testing.assert_allclose(logits, GOLDEN["logits"], atol=1e-4, rtol=0)
+    assert float(extra["features"].mean()) == pytest.approx(GOLDEN["pool_mean"], abs=1e-5)
+    assert float(extra["features"].std()) == pytest.approx(GOLDEN["pool_std"], abs=1e-5)
+
+
+def test_gradients_and_three_updates(tiny):
+    model, params, images, labels = tiny
+    gradient = jax.jit(jax.value_and_grad(loss_of(model, images, labels)))
+    norms = released_norms(model, gradient(params)[1])
+    for name, norm in GOLDEN["grad_norm_at_start"].items():
+        assert norms[name] == pytest.approx(norm, rel=1e-3), name
+    optimizer = make_optimizer(0.1, weight_decay=2e-5)
+    state = optimizer.init(params)
+    for expected in GOLDEN["losses_before_each_of_3_steps"]:
+        loss, grads = gradient(params)
+        assert float(loss) == pytest.approx(expected, rel=1e-4)
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    norms = released_norms(model, params)
+    for name, norm in GOLDEN["param_norm_after_3_steps"].items():
+        assert norms[name] == pytest.approx(norm, rel=1e-4), name
+
+
+@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.published_params])
+def test_published_counts(name):
+    variant = get_variant(name)
+    assert flops.num_params(variant, 1000) == pytest.approx(variant.published_params, rel=1.2e-3)
+    assert flops.forward_macs(variant, variant.test_px, 1000) == pytest.approx(variant.published_macs, rel=1.2e-3)
+
+
+@pytest.mark.parametrize("name", ["F0", "F7", "F3+", "F0-mini", "F2+-mini", "F7+-mini"])
+@pytest.mark.parametrize("rule", ["published", "released"])
+def test_counts_are_those_of_the_parameters(name, rule):
+    model = models.create(name, 17, bottleneck_rule=rule)
+    sizes = [int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(model.param_shapes())]
+    assert sum(sizes) == flops.num_params(get_variant(name), 17, rule)
+
+
+def test_unroll_changes_neither_layout_nor_result():
+    one, all_ = models.create("F1-mini", 5), models.create("F1-mini", 5, unroll=99)
+    assert jax.tree.structure(one.param_shapes()) == jax.tree.structure(all_.param_shapes())
+    params = rule_params(one)
+    images = jnp.asarray(np.random.default_rng(1).standard_normal((2, 32, 32, 3)), jnp.float32)
+    np.testing.assert_allclose(one.apply(params, images), all_.apply(params, images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size,stride,groups,kernel", [(7, 1, 2, 3), (8, 2, 4, 3), (5, 2, 2, 3), (1, 1, 2, 3), (2, 1, 2, 3), (3, 2, 1, 1)])
+def test_grouped_convolution_is_the_convolution(size, stride, groups, kernel):
+    rng = np.random.default_rng(size)
+    x = jnp.asarray(rng.standard_normal((2, size, size, 8)), jnp.float32)
+    w = jnp.asarray(rng.standard_normal((kernel, kernel, 8 // groups, 12)), jnp.float32)
+
+    def library(x, w):
+        return jax.lax.conv_general_dilated(
+            x, w, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups
+        )
+
+    for function in (lambda x, w: grouped_matmul_convolve(x, w, stride, groups), lambda x, w: convolve(x, w, stride, groups)):
+        np.testing.assert_allclose(function(x, w), library(x, w), rtol=1e-4, atol=1e-4)
+        ours = jax.grad(lambda x, w, f=function: jnp.sum(jnp.sin(f(x, w))), argnums=(0, 1))(x, w)
+        theirs = jax.grad(lambda x, w: jnp.sum(jnp.sin(library(x, w))), argnums=(0, 1))(x, w)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), ours, theirs)
+
+
+def test_standardised_weights_have_unit_fan_in():
+    w = jnp.asarray(np.random.default_rng(0).normal(3, 5, (3, 3, 8, 6)), jnp.float32)
+    out = np.asarray(standardise_weight(w, jnp.full(6, 2.0))).reshape(-1, 6)
+    np.testing.assert_allclose(out.mean(0), 0, atol=1e-6)
+    np.testing.assert_allclose((out**2).sum(0), 4.0, rtol=1e-4)
+
+
+def test_average_pool_counts_only_pixels_that_exist():
+    x = jnp.arange(9.0).reshape(1, 3, 3, 1)
+    np.testing.assert_allclose(average_pool(x)[0, :, :, 0], [[2.0, 3.5], [6.5, 8.0]])
+
+
+def test_fresh_network_is_its_shortcut_path():
+    """SkipInit: with zero gains the residual branches, and so their weights, don't matter."""
+    model = models.create("F1-mini", 5)
+    params = model.init(jax.random.key(0))
+    images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
+    noise = jax.tree_util.tree_map_with_path(
+        lambda path, p: p * 2 if any(str(k.key) == "conv1" for k in path) and "stem" not in str(path[0].key) else p, params
+    )
+    np.testing.assert_array_equal(model.apply(params, images), model.apply(noise, images))
+    assert float(jnp.std(model.apply(params, images))) > 0
+
+
+def test_noise_only_in_training_and_from_the_key():
+    model = models.create("F0-mini", 5, stochdepth_rate=0.5, drop_rate=0.5)
+    params, images = rule_params(model), jax.random.normal(jax.random.key(1), (4, 32, 32, 3))
+    plain = models.create("F0-mini", 5).apply(params, images)
+    np.testing.assert_array_equal(model.apply(params, images), plain)
+    once = model.apply(params, images, train=True, key=jax.random.key(2))
+    np.testing.assert_array_equal(once, model.apply(params, images, train=True, key=jax.random.key(2)))
+    assert not np.allclose(once, model.apply(params, images, train=True, key=jax.random.key(3)))
+    with pytest.raises(ValueError, match="key"):
+        model.apply(params, images, train=True)
+
+
+def test_stochastic_depth_at_full_rate_drops_the_later_blocks_more():
+    """Rate r * index / blocks: the first block is never dropped, whatever the rate."""
+    model = models.create("F0-mini", 5, stochdepth_rate=0.999)
+    params, images = rule_params(model), jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
+    only_first = jax.tree_util.tree_map_with_path(
+        lambda path, p: p * 0 if str(path[-1].key) == "skip_gain" and str(path[0].key) != "stage0" else p, params
+    )
+    quiet = model.apply(only_first, images, train=True, key=jax.random.key(0))
+    np.testing.assert_array_equal(quiet, model.apply(only_first, images, train=True, key=jax.random.key(9)))
+
+
+@pytest.mark.parametrize(
+    "arguments,settings,words",
+    [
+        (("F9",), {}, "F9.*did you mean"),
+        (("F0", 0), {}, "num_classes: 0"),
+        (("F0",), {"drop_rate": 1.0}, "drop_rate: 1.0"),
+        (("F0",), {"dropout": 0.1}, "dropout.*drop_rate"),
+        (("F0+",), {"bottleneck_rule": "wide"}, "bottleneck_rule: 'wide'.*released"),
+    ],
+)
+def test_bad_input_is_named(arguments, settings, words):
+    with pytest.raises(ValueError, match=words):
+        models.create(*arguments, **settings)

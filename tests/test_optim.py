@@ -1,0 +1,139 @@
+"""Clipping, schedule, weight decay, SAM and losses against closed forms and independent computations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nfnet_lib import models
+from nfnet_lib.agc import adaptive_gradient_clip
+from nfnet_lib.losses import in_top, softmax_cross_entropy
+from nfnet_lib.optim import decay_mask, make_optimizer, update_ema, warmup_cosine
+from nfnet_lib.sam import sam_gradient
+
+
+def noise_like(tree, seed, scale=1.0):
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return structure.unflatten(
+        [scale * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
+    )
+
+
+@pytest.fixture(scope="module")
+def params():
+    return noise_like(models.create("F1-mini", 7).param_shapes(), 0, 0.3)
+
+
+def test_stacked_parameters_are_clipped_block_by_block(params):
+    grads = noise_like(params, 1)
+    clip = adaptive_gradient_clip(0.02, 1e-3)
+    stacked, _ = clip.update(grads, clip.init(params), params)
+    one = adaptive_gradient_clip(0.02, 1e-3, stacked=lambda path: False)
+    for stage in ("stage1", "stage2"):
+        for block in range(2):
+            pick = lambda tree, s=stage, b=block: jax.tree.map(lambda x: x[b], tree[s]["rest"])  # noqa: E731
+            alone, _ = one.update(pick(grads), None, pick(params))
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), alone, pick(stacked))
+
+
+def test_unstacked_clipping_is_optax_and_the_head_weight_is_free(params):
+    params = {name: params[name] for name in ("stem", "final_conv", "head")}
+    grads = noise_like(params, 1)
+    ours, _ = adaptive_gradient_clip(0.01, 1e-3).update(grads, None, params)
+    library = optax.adaptive_grad_clip(0.01, 1e-3)
+    theirs, _ = library.update(grads, library.init(params), params)
+    np.testing.assert_array_equal(ours["head"]["w"], grads["head"]["w"])
+    assert not np.allclose(theirs["head"]["w"], grads["head"]["w"])
+    ours["head"].pop("w"), theirs["head"].pop("w")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), ours, theirs)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.floats(1e-3, 1.0), st.floats(1e-3, 1.0), st.floats(1e-6, 1e6), st.integers(0, 99))
+def test_no_unit_exceeds_its_share(clip, eps, scale, seed):
+    params = {"conv": {"w": jax.random.normal(jax.random.key(seed), (3, 3, 2, 4))}}
+    grads = jax.tree.map(lambda p: scale * jax.random.normal(jax.random.key(seed + 1), p.shape), params)
+    out, _ = adaptive_gradient_clip(clip, eps).update(grads, None, params)
+    norm = lambda x: np.linalg.norm(np.asarray(x["conv"]["w"]).reshape(-1, 4), axis=0)  # noqa: E731
+    allowed = clip * np.maximum(norm(params), eps)
+    assert (norm(out) <= allowed * (1 + 1e-4)).all()
+    untouched = norm(grads) <= allowed
+    np.testing.assert_array_equal(np.asarray(out["conv"]["w"])[..., untouched], np.asarray(grads["conv"]["w"])[..., untouched])
+
+
+def test_clipping_needs_parameters():
+    with pytest.raises(ValueError, match="params"):
+        adaptive_gradient_clip().update({"w": jnp.ones(2)}, None)
+
+
+def test_decay_acts_on_weights_only(params):
+    for path, decayed in jax.tree_util.tree_leaves_with_path(decay_mask(params)):
+        assert decayed == (str(path[-1].key) == "w"), path
+
+
+def test_first_update_is_nesterov_on_clipped_gradient_plus_decay():
+    params = {"head": {"w": jnp.full((2, 3), 2.0), "b": jnp.full(3, 5.0)}}
+    grads = {"head": {"w": jnp.full((2, 3), 7.0), "b": jnp.full(3, 1e-4)}}
+    optimizer = make_optimizer(0.5, momentum=0.9, weight_decay=0.1)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["head"]["w"], -0.5 * 1.9 * (7.0 + 0.1 * 2.0), rtol=1e-6)
+    np.testing.assert_allclose(updates["head"]["b"], -0.5 * 1.9 * 1e-4, rtol=1e-5)
+
+
+def test_schedule_warms_up_peaks_and_ends_at_zero():
+    lr = np.array([warmup_cosine(s, 0.8, 10, 110) for s in range(111)])
+    assert lr[0] == 0 and lr[110] == pytest.approx(0, abs=1e-7)
+    np.testing.assert_allclose(lr[:11], 0.8 * np.arange(11) / 10, rtol=1e-6)
+    assert lr[60] == pytest.approx(0.4) and (np.diff(lr[10:]) < 0).all()
+    assert warmup_cosine(0, 0.8, 0, 100) == pytest.approx(0.8)
+
+
+def test_ema_starts_fast_and_ends_at_its_decay():
+    first = update_ema({"w": jnp.zeros(1)}, {"w": jnp.ones(1)}, jnp.int32(0), 0.99)
+    assert float(first["w"][0]) == pytest.approx(0.9)
+    late = update_ema({"w": jnp.zeros(1)}, {"w": jnp.ones(1)}, jnp.int32(10**6), 0.99)
+    assert float(late["w"][0]) == pytest.approx(0.01)
+
+
+def quadratic(params, batch, key):
+    loss = 0.5 * jnp.sum(batch * params["w"] ** 2)
+    return loss, {"key": jax.random.key_data(key)}
+
+
+def test_sam_on_a_quadratic_has_its_closed_form():
+    params, curvature = {"w": jnp.array([1.0, -2.0, 0.5])}, jnp.array([3.0, 1.0, 0.2])
+    (loss, _), grads = sam_gradient(quadratic, params, curvature, jax.random.key(0), 0.3)
+    g = np.asarray(curvature * params["w"])
+    np.testing.assert_allclose(grads["w"], curvature * (params["w"] + 0.3 * g / np.linalg.norm(g)), rtol=1e-5)
+    assert float(loss) == pytest.approx(float(quadratic(params, curvature, jax.random.key(0))[0]))
+
+
+def test_sam_with_rho_zero_is_the_plain_gradient_to_the_bit():
+    params, curvature = {"w": jnp.array([1.0, -2.0])}, jnp.array([3.0, 1.0])
+    _, grads = sam_gradient(quadratic, params, curvature, jax.random.key(0), 0.0)
+    np.testing.assert_array_equal(grads["w"], jax.grad(lambda p: quadratic(p, curvature, jax.random.key(0))[0])(params)["w"])
+
+
+def test_sam_survives_a_zero_gradient_and_refuses_a_negative_radius():
+    params = {"w": jnp.zeros(3)}
+    _, grads = sam_gradient(quadratic, params, jnp.ones(3), jax.random.key(0), 0.1)
+    np.testing.assert_array_equal(grads["w"], 0)
+    with pytest.raises(ValueError, match="rho: -1"):
+        sam_gradient(quadratic, params, jnp.ones(3), jax.random.key(0), -1)
+
+
+def test_losses_match_optax_and_numpy():
+    logits = jax.random.normal(jax.random.key(0), (32, 9))
+    labels = jnp.arange(32) % 9
+    plain = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    np.testing.assert_allclose(softmax_cross_entropy(logits, labels), plain, rtol=1e-5)
+    smooth = optax.softmax_cross_entropy(logits, optax.smooth_labels(jax.nn.one_hot(labels, 9), 0.1))
+    np.testing.assert_allclose(softmax_cross_entropy(logits, labels, 0.1), smooth, rtol=1e-5)
+    order = np.argsort(-np.asarray(logits), axis=1)
+    for k in (1, 5):
+        np.testing.assert_array_equal(in_top(logits, labels, k), [label in row[:k] for label, row in zip(labels, order)])
+    assert not in_top(jnp.zeros((1, 9)), jnp.zeros(1, jnp.int32), 5).any(), "a constant model has no hits"

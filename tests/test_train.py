@@ -1,0 +1,198 @@
+"""The loop: records, resume to the last digit, fine-tuning hand-over, refusals that write nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from nfnet_lib import flops, models
+from nfnet_lib.checkpoint import CheckpointError, Checkpoints
+from nfnet_lib.config import ConfigError, FinetuneConfig, PretrainConfig
+from nfnet_lib.train import Stopped, load_params, main, run
+from nfnet_lib.variants import get_variant
+
+TINY = dict(
+    variant="F0-mini", num_classes=8, image_size=16, resolution=16, eval_resolution=16, examples_per_epoch=64,
+    heldout_examples=30, batch_size=16, epoch_budget=2.0, peak_lr=0.05, checkpoints=4,
+)  # fmt: skip
+TIMES = ("seconds", "wall_seconds", "compile_seconds", "images_per_second", "core_hours", "started_at", "finished_at")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def finished(cache, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    config = PretrainConfig(**TINY)
+    return config, folder / config.run_id, run(config, folder / config.run_id, cache_dir=cache, progress=False)
+
+
+def comparable(out_dir):
+    summary = {k: v for k, v in json.loads((out_dir / "summary.json").read_text()).items() if k not in TIMES}
+    lines = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+    return summary, [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+
+
+def test_the_record_says_what_was_done(finished):
+    config, out_dir, summary = finished
+    assert summary == json.loads((out_dir / "summary.json").read_text())
+    assert summary["steps"] == config.steps == 8 and summary["images_seen"] == 128
+    macs = flops.forward_macs(get_variant("F0-mini"), 16, 8)
+    assert summary["forward_macs"] == macs and summary["train_flops"] == 6 * macs * 128
+    assert 0 <= summary["heldout_top1"] <= summary["heldout_top5"] <= 1
+    assert summary["heldout_top1"] * 30 == pytest.approx(round(summary["heldout_top1"] * 30)), "30 examples, each once"
+    assert len((out_dir / "metrics.jsonl").read_text().splitlines()) == 8
+    assert json.loads((out_dir / "params.json").read_text()) == config.model_dump(mode="json")
+
+
+def test_saved_parameters_give_the_recorded_loss(finished):
+    config, out_dir, summary = finished
+    from nfnet_lib.loader import eval_batches
+    from nfnet_lib.step import eval_step
+    from nfnet_lib.train import load_sources
+
+    model, params = models.create("F0-mini", 8), load_params(out_dir)
+    totals = [eval_step(params, *batch, model=model) for batch in eval_batches(load_sources(config)[1], batch_size=7, resolution=16)]
+    loss = sum(float(t["loss"]) for t in totals) / sum(float(t["examples"]) for t in totals)
+    assert loss == pytest.approx(summary["heldout_loss"], rel=1e-4)
+
+
+def test_a_finished_run_is_not_run_again(finished):
+    config, out_dir, summary = finished
+    stamp = (out_dir / "summary.json").stat().st_mtime_ns
+    assert run(config, out_dir, progress=False) == summary
+    assert (out_dir / "summary.json").stat().st_mtime_ns == stamp
+
+
+def test_stopped_and_resumed_ends_with_the_same_numbers(finished, cache, tmp_path):
+    config, out_dir, _ = finished
+    other = tmp_path / config.run_id
+    for _ in range(3):  # a STOP file is honoured after the step under way, so three legs of at least one step each
+        other.mkdir(exist_ok=True)
+        stopper = _StopSoon(other)
+        stopper.start()
+        try:
+            run(config, other, cache_dir=cache, progress=False)
+        except Stopped:
+            pass
+        stopper.join()
+    run(config, other, cache_dir=cache, progress=False)
+    assert comparable(other) == comparable(out_dir)
+    for ours, theirs in zip(jax.tree.leaves(load_params(other)), jax.tree.leaves(load_params(out_dir)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def _StopSoon(folder):
+    import threading
+
+    def touch():
+        for _ in range(2000):
+            if (folder / "metrics.jsonl").exists():
+                (folder / "STOP").touch()
+                return
+            time.sleep(0.005)
+
+    return threading.Thread(target=touch)
+
+
+def test_killed_at_any_moment_it_resumes(finished, cache, tmp_path):
+    config, out_dir, _ = finished
+    other, params = tmp_path / config.run_id, tmp_path / "params.json"
+    params.write_text(json.dumps(config.model_dump(mode="json")))
+    command = [sys.executable, "-m", "nfnet_lib.train", str(params), "--out", str(other), "--cache-dir", str(cache)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    rng = np.random.default_rng(0)
+    for _ in range(2):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not (other / "metrics.jsonl").exists():
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.6))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert subprocess.run(command, env=environment, check=False).returncode == 0
+    ours, theirs = comparable(other), comparable(out_dir)
+    assert ours == theirs
+
+
+def test_a_damaged_checkpoint_is_found_and_the_one_before_used(tmp_path):
+    state = {"w": np.arange(100_000, dtype=np.float32), "step": np.int32(1)}
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
+    assert checkpoints.restore(state) is None
+    for step in (1, 2):
+        checkpoints.save(step, {**state, "step": np.int32(step)}, {"seconds": 0.0})
+        checkpoints.wait()
+    data = max((tmp_path / "run" / "checkpoints" / "2").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 4
+    data.write_bytes(content)
+    with pytest.warns(UserWarning, match="checkpoint 2 .* is damaged"):
+        step, restored, record = checkpoints.restore(state)
+    assert step == 1 and record == {"seconds": 0.0}
+    np.testing.assert_array_equal(restored["w"], state["w"])
+    checkpoints.discard_above(1)
+    checkpoints.save(2, {**state, "step": np.int32(2)}, {"seconds": 1.0})
+    checkpoints.wait()
+    assert checkpoints.restore(state)[0] == 2
+    with pytest.warns(UserWarning), pytest.raises(CheckpointError, match="no sound checkpoint"):
+        checkpoints.restore({**state, "w": state["w"].astype(np.float16)})
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("augmult", [1, 4])
+def test_fine_tuning_takes_over_the_body(finished, cache, augmult):
+    _, pretrained, _ = finished
+    config = FinetuneConfig(
+        **{**TINY, "dataset": "digits", "resolution": 24, "eval_resolution": 24, "epoch_budget": 1.0},
+        pretrained_run=pretrained.name, augmult=augmult, rho=0.05, drop_rate=0.2, stochdepth_rate=0.1, ema_decay=0.9,
+        flip=False,
+    )  # fmt: skip
+    summary = run(config, pretrained.parent / config.run_id, cache_dir=cache, progress=False)
+    assert summary["images_seen"] == 64 and summary["examples_drawn"] == 64 // augmult
+    assert summary["train_flops"] == 2 * 6 * summary["forward_macs"] * 64, "SAM is two gradients"
+    assert {"heldout_loss", "heldout_loss_ema"} <= set(summary)
+    tuned, body = load_params(pretrained.parent / config.run_id), load_params(pretrained)
+    assert tuned["head"]["b"].shape == (10,) and body["head"]["b"].shape == (8,)
+    w, before = tuned["stage2"]["first"]["conv0"]["w"], body["stage2"]["first"]["conv0"]["w"]
+    assert np.linalg.norm(w - before) < 0.5 * np.linalg.norm(before), "started from the pre-trained body"
+
+
+def test_refusals_write_nothing(finished, tmp_path):
+    config, out_dir, _ = finished
+    with pytest.raises(ConfigError, match="peak_lr: 0.1, but .* holds a run with 0.05"):
+        run(PretrainConfig(**{**TINY, "peak_lr": 0.1}), out_dir)
+    for bad, words in (
+        (PretrainConfig(dataset="fractal"), "dataset: unknown 'fractal'; did you mean fractals"),
+        (PretrainConfig(dataset="digits", examples_per_epoch=8192), "dataset: 'digits' has 1437 train examples"),
+        (FinetuneConfig(pretrained_run="nowhere"), "pretrained_run: 'nowhere' is not a finished run"),
+        (FinetuneConfig(**{**TINY, "variant": "F1-mini"}, pretrained_run=out_dir.name), "variant: 'F1-mini' is not that of"),
+    ):
+        target = (out_dir.parent if isinstance(bad, FinetuneConfig) else tmp_path) / "new"
+        with pytest.raises(ConfigError, match=words):
+            run(bad, target)
+        assert not target.exists()
+
+
+def test_the_command_exits_2_with_one_line(tmp_path, capsys):
+    (tmp_path / "p.yaml").write_text("batch_size: 100000")
+    assert main([str(tmp_path / "p.yaml"), "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith("error: batch_size: 100000 is larger than the data")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(cache, tmp_path):
+    from nfnet_lib.train import NonFiniteLoss
+
+    config = PretrainConfig(**{**TINY, "peak_lr": 1000.0, "agc_clip": 1e6, "warmup_fraction": 0.0, "epoch_budget": 8.0})
+    with pytest.raises(NonFiniteLoss, match="at step"):
+        run(config, tmp_path / "run", cache_dir=cache, progress=False)
+    assert not (tmp_path / "run" / "summary.json").exists()
