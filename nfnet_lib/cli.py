@@ -66,7 +66,9 @@ def _data_show(arguments: argparse.Namespace) -> int:
     sheet = images.reshape(8, 8, 64, 64, 3).transpose(0, 2, 1, 3, 4).reshape(512, 512, 3)
     if not cv2.imwrite(str(arguments.out), sheet[..., ::-1]):
         raise ConfigError(f"out: {arguments.out} could not be written; its name must end in .png or .jpg")
-    print(f"{source.name}: {len(source)} training examples, {source.num_classes} classes; contact sheet: {arguments.out}")
+    print(
+        f"{source.name}: {len(source)} training examples, {source.num_classes} classes; contact sheet: {arguments.out}"
+    )
     return 0
 
 

@@ -42,7 +42,9 @@ class FractalGenerator:
     Class c is the same for every `num_classes` above it. Thread-safe.
 
     hue_spread: width, in turns of the colour circle, of the hues that a class's fractals take. 1: colour says nothing
-    of the class. Smaller: colour is a cue that is learned before shape, as the easy cues of photographs are. Raises ValueError for values out of range.
+    of the class. Smaller: colour is a cue that is learned before shape, as the easy cues of photographs are.
+
+    Raises ValueError for values out of range.
     """
 
     def __init__(self, num_classes: int, image_size: int, seed: int = 0, hue_spread: float = 1.0):

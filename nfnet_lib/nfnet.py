@@ -17,6 +17,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
@@ -111,7 +112,8 @@ class ScaledWSConv(nnx.Module):
 class Linear(nnx.Module):
     """Dense layer with bias; weights [I, O]."""
 
-    def __init__(self, inputs: int, outputs: int, *, initializer=jax.nn.initializers.lecun_normal(), rngs: nnx.Rngs):
+    def __init__(self, inputs: int, outputs: int, *, initializer=None, rngs: nnx.Rngs):
+        initializer = initializer or jax.nn.initializers.lecun_normal()
         self.w = nnx.Param(initializer(rngs.params(), (inputs, outputs)))
         self.b = nnx.Param(jnp.zeros(outputs))
 
@@ -174,8 +176,15 @@ class Block(nnx.Module):
 
 
 def average_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
-    """2x2 mean with stride 2; at an odd edge the mean is over the pixels that exist (SAME, padding not counted)."""
-    return nnx.avg_pool(x, (2, 2), strides=(2, 2), padding="SAME", count_include_pad=False)
+    """2x2 mean with stride 2; at an odd edge the mean is over the pixels that exist (SAME, padding not counted).
+
+    Not lax.reduce_window: on CPU, jax 0.10.2 gives wrong sums for it on 1x1 images in large batches.
+    """
+    batch, height, width, channels = x.shape
+    x = jnp.pad(x, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
+    total = x.reshape(batch, x.shape[1] // 2, 2, x.shape[2] // 2, 2, channels).sum((2, 4))
+    rows, columns = (np.minimum(2, n - 2 * np.arange(-(-n // 2))) for n in (height, width))
+    return total / jnp.asarray(rows[:, None, None] * columns[:, None], x.dtype)
 
 
 class Stage(nnx.Module):

@@ -64,7 +64,9 @@ def answer(records: "pd.DataFrame") -> list[str]:
     tuned = finetune_table(records)
     if len(tuned):
         best = tuned.loc[tuned["top1_error_percent"].idxmin()]
-        repeated = f"{int(best['augmult'])} views of each image" if best["repeated_augmentation"] else "one view of each"
+        repeated = (
+            f"{int(best['augmult'])} views of each image" if best["repeated_augmentation"] else "one view of each"
+        )
         plain = tuned[~tuned["repeated_augmentation"]]["top1_error_percent"].mean()
         with_repeats = tuned[tuned["repeated_augmentation"]]["top1_error_percent"].mean()
         sentence = (
@@ -72,7 +74,9 @@ def answer(records: "pd.DataFrame") -> list[str]:
             f"({repeated})"
         )
         if with_repeats == with_repeats and plain == plain:
-            sentence += f"; mean error {plain:.2f}% without and {with_repeats:.2f}% with repeated augmentation, one seed each"
+            sentence += (
+                f"; mean error {plain:.2f}% without and {with_repeats:.2f}% with repeated augmentation, one seed each"
+            )
         sentences.append(sentence + ".")
     return sentences
 
@@ -86,7 +90,8 @@ def provenance(records: "pd.DataFrame") -> "pd.DataFrame":
         return ", ".join(values) or "not recorded"
 
     rows = {
-        "runs": f"{(records['kind'] == 'pretrain').sum()} of pre-training, {(records['kind'] == 'finetune').sum()} of fine-tuning",
+        "runs": f"{(records['kind'] == 'pretrain').sum()} of pre-training, "
+        f"{(records['kind'] == 'finetune').sum()} of fine-tuning",
         "commit": several("git_commit"),
         "tracked files modified": several("git_dirty"),
         "device": several("device_kind"),
@@ -125,7 +130,17 @@ def run_table(study_dir: Path) -> "pd.DataFrame":
     import pandas as pd
 
     records = collect(study_dir)
-    columns = ["run_id", "kind", "variant", "epoch_budget", "peak_lr", "augmult", "heldout_loss", "heldout_top1", "seconds"]
+    columns = [
+        "run_id",
+        "kind",
+        "variant",
+        "epoch_budget",
+        "peak_lr",
+        "augmult",
+        "heldout_loss",
+        "heldout_top1",
+        "seconds",
+    ]
     table = records[columns].assign(state="done")
     failed = [
         {"run_id": path.parent.name, "state": f"failed: {json.loads(path.read_text())['error']}"}
@@ -187,7 +202,9 @@ def _copy_pages(study_dir: Path, source: Path) -> list[str]:
     pages = []
     for path in sorted((study_dir / "analysis").glob("[!.]*.ipynb")):
         if not path.name.endswith(".partial.ipynb"):
-            _write_clean(path, source / f"{path.stem}.ipynb" if path.stem != "index" else source / "overview.ipynb", study_dir)
+            _write_clean(
+                path, source / f"{path.stem}.ipynb" if path.stem != "index" else source / "overview.ipynb", study_dir
+            )
             pages.append("overview" if path.stem == "index" else path.stem)
     return sorted(pages, key=lambda name: (name != "overview", name != "04_scaling_laws", name))
 
@@ -225,7 +242,12 @@ def _write_clean(path: Path, target: Path, study_dir: Path, title: str | None = 
 
 def _runs_page(study_dir: Path, pages: list[str]) -> str:
     table = run_table(study_dir)
-    lines = ["# Every run", "", "Laptop scale. A run with a page of its own is linked to it: its executed notebook.", ""]
+    lines = [
+        "# Every run",
+        "",
+        "Laptop scale. A run with a page of its own is linked to it: its executed notebook.",
+        "",
+    ]
     names = [c for c in table.columns if c != "run_id"]
     lines += ["| run | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 1)]
     for row in table.itertuples(index=False):

@@ -11,7 +11,7 @@ import json
 import os
 import zipfile
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import cv2
 import numpy as np
@@ -26,6 +26,7 @@ DIGITS_HELDOUT = 360  # of scikit-learn's 1,797, the same ones for ever
 FRACTALS_HELDOUT = 2**20  # more than any study evaluates
 
 
+@runtime_checkable
 class Source(Protocol):
     """Images and labels by index. fingerprint: of the content, not of where it lies."""
 
@@ -216,7 +217,9 @@ def _checked_length(name: str, split: str, wanted: int | None, available: int) -
             raise ValueError("num_examples: fractals have no end; say how many")
         return available
     if not 1 <= wanted <= available:
-        raise ValueError(f"dataset: {name!r} has {available} {split} examples, {wanted} were asked for; allowed: 1 to {available}")
+        raise ValueError(
+            f"dataset: {name!r} has {available} {split} examples, {wanted} were asked for; allowed: 1 to {available}"
+        )
     return wanted
 
 

@@ -29,7 +29,7 @@ from nfnet_lib.optim import make_optimizer
 from nfnet_lib.records import PARAMS, SUMMARY, MetricsWriter, read_metrics, read_summary, write_json
 from nfnet_lib.sampler import ExactlyOnceSampler
 from nfnet_lib.sources import Source, cached, load_source
-from nfnet_lib.step import Schedule, TrainState, eval_step, init_state, train_step
+from nfnet_lib.step import Schedule, eval_step, init_state, train_step
 
 STOP = "STOP"  # a file of this name in the run folder asks for one more checkpoint and a clean end
 LOCK_SECONDS = 60
@@ -284,7 +284,9 @@ def _pretrained_body(config: RunConfig, out_dir: Path) -> Any:
     source = read_summary(folder)["config"]
     for name in ("variant", "bottleneck_rule"):
         if source[name] != getattr(config, name):
-            raise ConfigError(f"{name}: {getattr(config, name)!r} is not that of {config.pretrained_run}, {source[name]!r}")
+            raise ConfigError(
+                f"{name}: {getattr(config, name)!r} is not that of {config.pretrained_run}, {source[name]!r}"
+            )
     return load_params(folder)
 
 
@@ -303,7 +305,9 @@ def _save_params(out_dir: Path, params: Any) -> dict[str, str]:
     return {path: leaf_digests({"": array})["['']"] for path, array in flat.items()}
 
 
-def _summary(config, out_dir, num_classes, results, digests, *, started, seconds, compile_seconds, wall_seconds) -> dict:
+def _summary(
+    config, out_dir, num_classes, results, digests, *, started, seconds, compile_seconds, wall_seconds
+) -> dict:
     variant = models.get_variant(config.variant)
     macs = flops.forward_macs(variant, config.resolution, num_classes, config.bottleneck_rule)
     images_seen = config.steps * config.batch_size
@@ -390,7 +394,9 @@ def _git() -> dict[str, Any]:
     """The commit of the code, and whether files that git tracks differ from it; None outside a checkout."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=PROJECT, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments], cwd=PROJECT, capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": bool(git("status", "--porcelain", "-uno"))}

@@ -3,6 +3,7 @@
 import zlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from nfnet_lib import models
@@ -47,7 +48,7 @@ def rule_params(model: models.Model) -> dict:
             return np.stack([rule(name, leaf.shape[1:]) for name in names[path]])
         return rule(names[path][0], leaf.shape)
 
-    return jax.tree_util.tree_map_with_path(value, model.param_shapes())
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: jnp.asarray(value(path, leaf)), model.param_shapes())
 
 
 def released_norms(model: models.Model, tree: dict) -> dict[str, float]:

@@ -92,7 +92,9 @@ def test_unroll_changes_neither_layout_nor_result():
     np.testing.assert_allclose(one.apply(params, images), all_.apply(params, images), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("size,stride,groups,kernel", [(7, 1, 2, 3), (8, 2, 4, 3), (5, 2, 2, 3), (1, 1, 2, 3), (2, 1, 2, 3), (3, 2, 1, 1)])
+@pytest.mark.parametrize(
+    "size,stride,groups,kernel", [(7, 1, 2, 3), (8, 2, 4, 3), (5, 2, 2, 3), (1, 1, 2, 3), (2, 1, 2, 3), (3, 2, 1, 1)]
+)
 def test_grouped_convolution_is_the_convolution(size, stride, groups, kernel):
     rng = np.random.default_rng(size)
     x = jnp.asarray(rng.standard_normal((2, size, size, 8)), jnp.float32)
@@ -103,7 +105,10 @@ def test_grouped_convolution_is_the_convolution(size, stride, groups, kernel):
             x, w, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups
         )
 
-    for function in (lambda x, w: grouped_matmul_convolve(x, w, stride, groups), lambda x, w: convolve(x, w, stride, groups)):
+    for function in (
+        lambda x, w: grouped_matmul_convolve(x, w, stride, groups),
+        lambda x, w: convolve(x, w, stride, groups),
+    ):
         np.testing.assert_allclose(function(x, w), library(x, w), rtol=1e-4, atol=1e-4)
         ours = jax.grad(lambda x, w, f=function: jnp.sum(jnp.sin(f(x, w))), argnums=(0, 1))(x, w)
         theirs = jax.grad(lambda x, w: jnp.sum(jnp.sin(library(x, w))), argnums=(0, 1))(x, w)
@@ -122,13 +127,24 @@ def test_average_pool_counts_only_pixels_that_exist():
     np.testing.assert_allclose(average_pool(x)[0, :, :, 0], [[2.0, 3.5], [6.5, 8.0]])
 
 
+@pytest.mark.parametrize("resolution", [16, 24, 32])
+def test_an_example_does_not_depend_on_its_batch(resolution):
+    """Found a wrong compilation of average pooling on CPU: 1x1 maps in batches of 128."""
+    model = models.create("F0-mini", 5)
+    params, images = rule_params(model), jax.random.normal(jax.random.key(1), (128, resolution, resolution, 3))
+    apply = jax.jit(model.apply)
+    alone = jnp.concatenate([apply(params, images[i : i + 16]) for i in range(0, 128, 16)])
+    np.testing.assert_allclose(apply(params, images), alone, atol=1e-5)
+
+
 def test_fresh_network_is_its_shortcut_path():
     """SkipInit: with zero gains the residual branches, and so their weights, don't matter."""
     model = models.create("F1-mini", 5)
     params = model.init(jax.random.key(0))
     images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
     noise = jax.tree_util.tree_map_with_path(
-        lambda path, p: p * 2 if any(str(k.key) == "conv1" for k in path) and "stem" not in str(path[0].key) else p, params
+        lambda path, p: p * 2 if any(str(k.key) == "conv1" for k in path) and "stem" not in str(path[0].key) else p,
+        params,
     )
     np.testing.assert_array_equal(model.apply(params, images), model.apply(noise, images))
     assert float(jnp.std(model.apply(params, images))) > 0

@@ -18,9 +18,7 @@ from nfnet_lib.sam import sam_gradient
 def noise_like(tree, seed, scale=1.0):
     leaves, structure = jax.tree.flatten(tree)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return structure.unflatten(
-        [scale * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
-    )
+    return structure.unflatten([scale * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)])
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +60,9 @@ def test_no_unit_exceeds_its_share(clip, eps, scale, seed):
     allowed = clip * np.maximum(norm(params), eps)
     assert (norm(out) <= allowed * (1 + 1e-4)).all()
     untouched = norm(grads) <= allowed
-    np.testing.assert_array_equal(np.asarray(out["conv"]["w"])[..., untouched], np.asarray(grads["conv"]["w"])[..., untouched])
+    np.testing.assert_array_equal(
+        np.asarray(out["conv"]["w"])[..., untouched], np.asarray(grads["conv"]["w"])[..., untouched]
+    )
 
 
 def test_clipping_needs_parameters():
@@ -115,7 +115,9 @@ def test_sam_on_a_quadratic_has_its_closed_form():
 def test_sam_with_rho_zero_is_the_plain_gradient_to_the_bit():
     params, curvature = {"w": jnp.array([1.0, -2.0])}, jnp.array([3.0, 1.0])
     _, grads = sam_gradient(quadratic, params, curvature, jax.random.key(0), 0.0)
-    np.testing.assert_array_equal(grads["w"], jax.grad(lambda p: quadratic(p, curvature, jax.random.key(0))[0])(params)["w"])
+    np.testing.assert_array_equal(
+        grads["w"], jax.grad(lambda p: quadratic(p, curvature, jax.random.key(0))[0])(params)["w"]
+    )
 
 
 def test_sam_survives_a_zero_gradient_and_refuses_a_negative_radius():
@@ -135,5 +137,7 @@ def test_losses_match_optax_and_numpy():
     np.testing.assert_allclose(softmax_cross_entropy(logits, labels, 0.1), smooth, rtol=1e-5)
     order = np.argsort(-np.asarray(logits), axis=1)
     for k in (1, 5):
-        np.testing.assert_array_equal(in_top(logits, labels, k), [label in row[:k] for label, row in zip(labels, order)])
+        np.testing.assert_array_equal(
+            in_top(logits, labels, k), [label in row[:k] for label, row in zip(labels, order, strict=True)]
+        )
     assert not in_top(jnp.zeros((1, 9)), jnp.zeros(1, jnp.int32), 5).any(), "a constant model has no hits"

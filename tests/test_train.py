@@ -18,10 +18,11 @@ from nfnet_lib.config import ConfigError, FinetuneConfig, PretrainConfig
 from nfnet_lib.train import Stopped, load_params, main, run
 from nfnet_lib.variants import get_variant
 
-TINY = dict(
-    variant="F0-mini", num_classes=8, image_size=16, resolution=16, eval_resolution=16, examples_per_epoch=64,
-    heldout_examples=30, batch_size=16, epoch_budget=2.0, peak_lr=0.05, checkpoints=4,
-)  # fmt: skip
+TINY = {
+    "variant": "F0-mini", "num_classes": 8, "image_size": 16, "resolution": 16, "eval_resolution": 16,
+    "examples_per_epoch": 64, "heldout_examples": 30, "batch_size": 16, "epoch_budget": 2.0, "peak_lr": 0.05,
+    "checkpoints": 4,
+}  # fmt: skip
 TIMES = ("seconds", "wall_seconds", "compile_seconds", "images_per_second", "core_hours", "started_at", "finished_at")
 
 
@@ -62,7 +63,10 @@ def test_saved_parameters_give_the_recorded_loss(finished):
     from nfnet_lib.train import load_sources
 
     model, params = models.create("F0-mini", 8), load_params(out_dir)
-    totals = [eval_step(params, *batch, model=model) for batch in eval_batches(load_sources(config)[1], batch_size=7, resolution=16)]
+    totals = [
+        eval_step(params, *batch, model=model)
+        for batch in eval_batches(load_sources(config)[1], batch_size=7, resolution=16)
+    ]
     loss = sum(float(t["loss"]) for t in totals) / sum(float(t["examples"]) for t in totals)
     assert loss == pytest.approx(summary["heldout_loss"], rel=1e-4)
 
@@ -131,7 +135,9 @@ def test_a_damaged_checkpoint_is_found_and_the_one_before_used(tmp_path):
     for step in (1, 2):
         checkpoints.save(step, {**state, "step": np.int32(step)}, {"seconds": 0.0})
         checkpoints.wait()
-    data = max((tmp_path / "run" / "checkpoints" / "2").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    data = max(
+        (tmp_path / "run" / "checkpoints" / "2").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0
+    )
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 4
     data.write_bytes(content)
@@ -167,14 +173,17 @@ def test_fine_tuning_takes_over_the_body(finished, cache, augmult):
 
 
 def test_refusals_write_nothing(finished, tmp_path):
-    config, out_dir, _ = finished
-    with pytest.raises(ConfigError, match="peak_lr: 0.1, but .* holds a run with 0.05"):
+    _, out_dir, _ = finished
+    with pytest.raises(ConfigError, match=r"peak_lr: 0.1, but .* holds a run with 0.05"):
         run(PretrainConfig(**{**TINY, "peak_lr": 0.1}), out_dir)
     for bad, words in (
         (PretrainConfig(dataset="fractal"), "dataset: unknown 'fractal'; did you mean fractals"),
         (PretrainConfig(dataset="digits", examples_per_epoch=8192), "dataset: 'digits' has 1437 train examples"),
         (FinetuneConfig(pretrained_run="nowhere"), "pretrained_run: 'nowhere' is not a finished run"),
-        (FinetuneConfig(**{**TINY, "variant": "F1-mini"}, pretrained_run=out_dir.name), "variant: 'F1-mini' is not that of"),
+        (
+            FinetuneConfig(**{**TINY, "variant": "F1-mini"}, pretrained_run=out_dir.name),
+            "variant: 'F1-mini' is not that of",
+        ),
     ):
         target = (out_dir.parent if isinstance(bad, FinetuneConfig) else tmp_path) / "new"
         with pytest.raises(ConfigError, match=words):
