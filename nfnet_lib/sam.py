@@ -24,10 +24,15 @@ def sam_gradient(
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
     if rho == 0:
         return gradient(params, batch, key)
-    ascent_key, descent_key = jax.random.split(key)
-    clean, ascent = gradient(params, batch, ascent_key)
-    norm = jnp.sqrt(sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(ascent)))
-    scale = jnp.where(norm > 0, rho / jnp.where(norm > 0, norm, 1), 0)
-    perturbed = jax.tree.map(lambda p, g: p + (scale * g).astype(p.dtype), params, ascent)
-    _, descent = gradient(perturbed, batch, descent_key)
-    return clean, descent
+
+    def one_pass(carry, key):
+        point, _ = carry
+        value, grads = gradient(point, batch, key)
+        norm = jnp.sqrt(sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)))
+        scale = jnp.where(norm > 0, rho / jnp.where(norm > 0, norm, 1), 0)
+        return (jax.tree.map(lambda p, g: p + (scale * g).astype(p.dtype), params, grads), grads), value
+
+    # A loop over the two passes, so that the gradient is compiled once.
+    start = (params, jax.tree.map(jnp.zeros_like, params))
+    (_, grads), values = jax.lax.scan(one_pass, start, jax.random.split(key))
+    return jax.tree.map(lambda value: value[0], values), grads

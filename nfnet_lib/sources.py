@@ -205,7 +205,7 @@ def _tfds(name: str, split: str, num_examples: int | None, data_dir: str | os.Pa
 def _near_builders(wanted: str) -> str:
     import tensorflow_datasets as tfds
 
-    builders = tfds.list_builders()
+    builders = tfds.list_builders(with_community_datasets=False)
     base = wanted.split("/")[0]
     near = difflib.get_close_matches(base, builders, n=3, cutoff=0.5)
     return "" if base in builders or not near else f"; TFDS knows {', '.join(near)}"

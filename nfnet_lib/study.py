@@ -151,7 +151,9 @@ def _finetuning(study: StudyConfig, records) -> list[RunConfig]:
         own = runs[runs["variant"] == variant].sort_values(["heldout_loss", "run_id"]) if len(runs) else []
         if len(own):
             configs += [study.finetune_config(variant, own.iloc[0]["run_id"], k) for k in study.finetune_augmults]
-    return sorted(configs, key=lambda config: -sum(VARIANTS[config.variant].depth) * VARIANTS[config.variant].width[0])
+    # The two runs of a variant share a compiled program: apart in time, the second finds it.
+    size = {variant: flops.num_params(VARIANTS[variant], 10) for variant in study.variants}
+    return sorted(configs, key=lambda config: (config.augmult, -size[config.variant]))
 
 
 def _analyse(name: str, study_dir: Path, say: Callable[[str], None]) -> dict[str, str]:

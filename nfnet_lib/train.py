@@ -168,7 +168,7 @@ def _train(config, out_dir, train_source, heldout_source, initial, progress) -> 
     if restored is not None:
         begin, saved, record = restored
         checkpoints.discard_above(begin)
-        sampler.check(record["data"], train_source.fingerprint)
+        ExactlyOnceSampler.check(record["data"], len(train_source), config.seed, train_source.fingerprint)
         state = jax.tree.map(jnp.asarray, saved)
         trained_seconds = record["seconds"]
     batches = train_batches(

@@ -1,0 +1,211 @@
+"""Fractals, sources, views and batches: deterministic, disjoint, and each example where it belongs."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from nfnet_lib.augment import DRAWS_PER_VIEW, crop_box, eval_views, train_views
+from nfnet_lib.fractals import HELDOUT_INSTANCE, FractalGenerator
+from nfnet_lib.loader import eval_batches, train_batches
+from nfnet_lib.sampler import ExactlyOnceSampler, uniforms
+from nfnet_lib.sources import ArraySource, FractalSource, cached, decode_image, load_source
+
+
+def test_a_fractal_is_a_function_of_seed_class_and_instance():
+    generator = FractalGenerator(20, 32, seed=3)
+    classes, instances = np.arange(20), np.arange(20) * 7
+    together = generator.render(classes, instances)
+    alone = FractalGenerator(20, 32, seed=3).render(classes[13:14], instances[13:14])
+    np.testing.assert_array_equal(together[13], alone[0])
+    assert (FractalGenerator(20, 32, seed=4).render(classes, instances) != together).mean() > 0.5
+    assert all((together[i] != together[j]).any() for i in range(20) for j in range(i))
+
+
+def test_golden_fractals():
+    """Changes only with fractals.VERSION: the images are the data set, and published results name it."""
+    images = FractalGenerator(10, 32, 0).render(np.arange(10), np.arange(10))
+    assert hashlib.sha256(images.tobytes()).hexdigest()[:16] == "f85554c9014c8fc5"
+
+
+def test_classes_are_told_apart_by_shape_but_not_by_pixels():
+    """1-nearest-neighbour on pixels: far above chance (1 in 20), far below certainty."""
+    generator, per_class = FractalGenerator(20, 24, 0), 15
+    classes = np.repeat(np.arange(20), per_class)
+    images = generator.render(classes, np.tile(np.arange(per_class), 20)).reshape(len(classes), -1).astype(np.float32)
+    distances = ((images[:, None] - images[None]) ** 2).sum(-1) + np.diag(np.full(len(images), np.inf))
+    accuracy = (classes[distances.argmin(1)] == classes).mean()
+    assert 0.1 < accuracy < 0.8
+
+
+def test_hue_spread_makes_colour_a_cue():
+    def hue_deviation(spread):
+        images = FractalGenerator(1, 32, 0, spread).render(np.zeros(60, int), np.arange(60))
+        bright = np.stack([image.reshape(-1, 3)[image.sum(-1).argmax()] for image in images]).astype(float)
+        return (bright / np.linalg.norm(bright, axis=1, keepdims=True)).std(0).sum()
+
+    assert hue_deviation(0.02) < 0.6 * hue_deviation(1.0)
+
+
+def test_training_and_heldout_fractals_are_disjoint_instances():
+    train, heldout = (load_source("fractals", split, num_examples=40, num_classes=8, image_size=16) for split in ("train", "heldout"))
+    images, labels = train.batch(np.arange(40))
+    assert np.bincount(labels).tolist() == [5] * 8
+    others, _ = heldout.batch(np.arange(40))
+    assert not {i.tobytes() for i in images} & {i.tobytes() for i in others}
+    assert HELDOUT_INSTANCE > 2**30 and train.fingerprint != heldout.fingerprint
+
+
+def test_digits_are_real_and_split_once():
+    train, heldout = load_source("digits", "train", image_size=8), load_source("digits", "heldout", image_size=8)
+    assert (len(train), len(heldout), train.num_classes) == (1437, 360, 10)
+    seen = {image.tobytes() for image in train.images}
+    assert sum(image.tobytes() in seen for image in heldout.images) <= 2, "equal digits may exist, shared ones not"
+    assert np.bincount(heldout.labels).min() >= 20
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        (("fractal", "train"), "unknown 'fractal'; did you mean fractals"),
+        (("fractals", "test"), "split: 'test'"),
+        (("fractals", "train"), "num_examples"),
+        (("tfds:mnits", "train"), "'tfds:mnits' is not prepared.*TFDS knows mnist"),
+    ],
+)
+def test_unknown_sources_are_named_with_near_ones(tmp_path, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        load_source(*arguments, data_dir=tmp_path)
+
+
+def test_cached_images_are_the_rendered_ones_and_damage_is_repaired(tmp_path):
+    source = FractalSource("train", 30, 5, 16, 0, 0.5)
+    once = cached(source, tmp_path)
+    again = cached(source, tmp_path)
+    np.testing.assert_array_equal(once.images, source.batch(np.arange(30))[0])
+    np.testing.assert_array_equal(once.images, again.images)
+    (file,) = tmp_path.iterdir()
+    for damage in (b"", file.read_bytes()[:-100], file.read_bytes()[:3000] + b"x" * 500 + file.read_bytes()[3500:]):
+        file.write_bytes(damage)
+        np.testing.assert_array_equal(cached(source, tmp_path).images, once.images)
+
+
+def test_damaged_images_are_refused_with_their_name():
+    image = np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8)
+    jpeg = cv2.imencode(".jpg", image)[1].tobytes()
+    png = cv2.imencode(".png", image[..., ::-1])[1].tobytes()
+    assert decode_image(jpeg, "x").shape == (40, 50, 3)
+    np.testing.assert_array_equal(decode_image(png, "x"), image)
+    for bad in (jpeg[: len(jpeg) // 2], b"", b"<html>", png[:60]):
+        with pytest.raises(ValueError, match="example 7"):
+            decode_image(bad, "example 7")
+
+
+def test_crops_lie_inside_and_cover_what_was_asked():
+    rng = np.random.default_rng(0)
+    for height, width in ((40, 40), (20, 90), (1, 1)):
+        for draws in rng.random((200, 5)):
+            top, left, h, w = crop_box(height, width, draws.tolist(), 0.3)
+            assert 0 <= top <= top + h <= height and 0 <= left <= left + w <= width and h >= 1 and w >= 1
+    image = rng.integers(0, 255, (1, 24, 24, 3), np.uint8)
+    whole = np.array([[1.0 - 1e-9, 0.5, 0, 0, 0.9]])
+    np.testing.assert_array_equal(train_views(image, whole, 24), image)
+    whole[0, 4] = 0.1
+    np.testing.assert_array_equal(train_views(image, whole, 24), image[:, :, ::-1])
+    np.testing.assert_array_equal(train_views(image, whole, 24, flip=False), image)
+
+
+def test_evaluation_takes_the_centre():
+    image = np.zeros((1, 30, 50, 3), np.uint8)
+    image[:, :, 10:40] = 255
+    assert (eval_views(image, 30) == 255).all()
+    assert eval_views(image, 16, 4).shape == (1, 16, 16, 3)
+
+
+def numbered(n):
+    images = np.arange(n, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
+    return ArraySource("numbered", n, f"numbered{n}", images, np.arange(n))
+
+
+def stream(**options):
+    return train_batches(numbered(50), ExactlyOnceSampler(50, 1), resolution=8, seed=2, **options)
+
+
+def test_batches_are_the_same_for_any_workers_and_restart():
+    one, many = stream(batch_size=12), stream(batch_size=12, workers=3, prefetch=5)
+    first = [next(one) for _ in range(10)]
+    for batch, other in zip(first, many, strict=False):
+        np.testing.assert_array_equal(batch.images, other.images)
+        assert batch.position == other.position
+    resumed = next(stream(batch_size=12, start=first[6].position))
+    np.testing.assert_array_equal(resumed.images, first[7].images)
+    one.close(), many.close()
+
+
+def test_processes_share_a_batch_without_overlap_in_the_same_order():
+    whole = next(stream(batch_size=24, augmult=2))
+    parts = [next(stream(batch_size=24, augmult=2, process_index=i, process_count=3)) for i in range(3)]
+    np.testing.assert_array_equal(whole.images, np.concatenate([part.images for part in parts]))
+    assert whole.position == parts[0].position == 12
+
+
+def test_repeated_augmentation_draws_fewer_examples_and_shows_each_more_often():
+    batch = next(stream(batch_size=24, augmult=4))
+    assert len(batch.ids) == 6 and batch.position == 6
+    np.testing.assert_array_equal(batch.labels, np.repeat(batch.labels[::4], 4))
+    source = load_source("fractals", "train", num_examples=8, num_classes=4, image_size=24)
+    views = next(train_batches(source, ExactlyOnceSampler(8, 0), batch_size=8, augmult=4, resolution=16, seed=0)).images
+    assert all((views[0] != views[i]).any() for i in range(1, 4)), "the views of an image differ"
+
+
+def test_a_failing_example_surfaces_with_its_id():
+    class Broken(ArraySource):
+        def batch(self, ids):
+            if 7 in ids:
+                raise ValueError("no image")
+            return super().batch(ids)
+
+    base = numbered(50)
+    broken = Broken("broken", 50, "broken", base.images, base.labels)
+    with pytest.raises(RuntimeError, match=r"examples \[.*7.*\] at position \d+: no image"):
+        for _ in train_batches(broken, ExactlyOnceSampler(50, 1), batch_size=10, resolution=8, seed=0):
+            pass
+
+
+@pytest.mark.parametrize("n,batch", [(50, 16), (16, 16), (3, 8)])
+def test_evaluation_counts_each_example_once(n, batch):
+    batches = list(eval_batches(numbered(n), batch_size=batch, resolution=8))
+    assert all(images.shape == (batch, 8, 8, 3) for images, _, _ in batches)
+    labels = np.concatenate([labels[weights > 0] for _, labels, weights in batches])
+    np.testing.assert_array_equal(labels, np.arange(n))
+
+
+def test_views_draw_enough():
+    assert uniforms(0, np.arange(3), 0, DRAWS_PER_VIEW).shape == (3, 5)
+
+
+def test_a_tfds_set_is_read_without_tensorflow(tmp_path):
+    """Written by TFDS's own ArrayRecord writer from serialised examples; TensorFlow is in neither process."""
+    code = (Path(__file__).parent / "write_tfds.py").as_posix()
+    subprocess.run([sys.executable, code, str(tmp_path)], check=True)
+    script = (
+        "import json, sys; from nfnet_lib.sources import load_source; import numpy as np\n"
+        "source = load_source('tfds:tiny_shapes', 'train', data_dir=sys.argv[1])\n"
+        "images, labels = source.batch(np.arange(len(source)))\n"
+        "print(json.dumps([len(source), source.num_classes, [i.shape for i in images][:1], sorted(labels.tolist()),"
+        " 'tensorflow' in sys.modules]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, capture_output=True, text=True,
+                          cwd=Path(__file__).parent.parent)  # fmt: skip
+    length, classes, shape, labels, tensorflow = json.loads(done.stdout)
+    assert (length, classes, shape, tensorflow) == (12, 3, [[20, 24, 3]], False)
+    assert labels == sorted([0, 1, 2] * 4)
+    with pytest.raises(ValueError, match="'tfds:tiny_shape' is not prepared .*tiny_shapes"):
+        load_source("tfds:tiny_shape", "train", data_dir=tmp_path)
+    with pytest.raises(ValueError, match="has 12 train examples, 13 were asked"):
+        load_source("tfds:tiny_shapes", "train", num_examples=13, data_dir=tmp_path)
