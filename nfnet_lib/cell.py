@@ -45,7 +45,8 @@ def execute(
     partial, log = output.with_suffix(".partial.ipynb"), output.with_suffix(".log")
     output.parent.mkdir(parents=True, exist_ok=True)
     request = {"notebook": str(notebook), "output": str(partial), "parameters": parameters, "core": core}
-    environment = os.environ | {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu"), "MPLBACKEND": "agg"}
+    environment = os.environ | {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")}
+    environment.pop("MPLBACKEND", None)  # the kernel's own puts figures into the notebook
     if environment["JAX_PLATFORMS"] == "cpu" and "XLA_FLAGS" not in environment and version("jax").startswith("0.10."):
         environment["XLA_FLAGS"] = _FASTER_COMPILATION
     with log.open("w") as stream:

@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 
 PUBLISHED = PROJECT / "outputs" / "published"
 ALL_RUN_PAGES = 40  # a study with more runs gets pages for its winners and its fine-tuning runs only
-TITLES = {
-    "index": "The question and the answer", "04_scaling_laws": "Scaling laws", "05_compare": "Beside the paper",
-    "01_architecture": "The architectures",
-}  # fmt: skip
+FIGURES = {
+    "figure1": "Figure 1: fine-tuned error against pre-training compute, ours and the paper's points apart",
+    "figure2": "Figure 2: held-out loss against compute",
+    "figure3": "Figure 3: the best learning rate against the epoch budget",
+}
 
 
 def open_study(study_dir: str = "") -> tuple["pd.DataFrame", Path]:
@@ -79,6 +80,13 @@ def answer(records: "pd.DataFrame") -> list[str]:
             )
         sentences.append(sentence + ".")
     return sentences
+
+
+def sentences(texts: list[str]):
+    """A list of generated sentences, as a notebook shows it."""
+    from IPython.display import Markdown
+
+    return Markdown("\n".join(f"- {text}" for text in texts))
 
 
 def provenance(records: "pd.DataFrame") -> "pd.DataFrame":
@@ -176,7 +184,7 @@ def build_report(study_dir: str | Path) -> Path:
         pages = _copy_pages(study_dir, source)
         runs = _copy_runs(study_dir, source)
         (source / "runs.md").write_text(_runs_page(study_dir, runs))
-        (source / "index.md").write_text(_front_page(pages))
+        (source / "index.md").write_text(_front_page(study_dir, source, pages))
         (source / "conf.py").write_text(_CONF)
         (source / "_static").mkdir()
         (source / "_static" / "report.css").write_text(_CSS)
@@ -263,14 +271,22 @@ def _runs_page(study_dir: Path, pages: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _front_page(pages: list[str]) -> str:
-    included = "```{include} overview.md\n```" if (pages and pages[0] == "never") else ""
-    return "\n".join([
+def _front_page(study_dir: Path, source: Path, pages: list[str]) -> str:
+    """The answer in generated sentences, the three figures, and the contents."""
+    lines = [
         "# ConvNets at scale: a reproduction report", "",
         "The open companion to *ConvNets Match Vision Transformers at Scale* (arXiv 2310.16764), at laptop scale: the same",
-        "protocol on a family of small NFNets. Start with the overview; every page is an executed notebook.", "", included,
-        "```{toctree}", ":maxdepth: 2", "", *pages, "runs", "```", "",
-    ])  # fmt: skip
+        "protocol on a family of small NFNets and data that anyone can make. Every page is an executed notebook.", "",
+    ]  # fmt: skip
+    try:
+        lines += [f"- {text}" for text in answer(collect(study_dir))]
+    except ValueError as error:  # too few runs for a fit: the pages say what there is
+        lines += [f"There is no answer yet: {error}"]
+    for name, caption in FIGURES.items():
+        if (study_dir / "figures" / f"{name}.png").exists():
+            shutil.copy(study_dir / "figures" / f"{name}.png", source / f"{name}.png")
+            lines += ["", f"## {caption}", "", f"![{caption}]({name}.png)"]
+    return "\n".join([*lines, "", "```{toctree}", ":hidden:", "", *pages, "runs", "```", ""])
 
 
 def _describe_images(page: str) -> str:
@@ -289,6 +305,8 @@ def _describe_images(page: str) -> str:
 
 _CONF = """
 project = "ConvNets at scale"
+author = "the companion's founders"
+html_context = {"default_mode": "auto"}
 extensions = ["myst_nb"]
 nb_execution_mode = "off"
 nb_render_markdown_format = "myst"
@@ -307,4 +325,5 @@ mathjax_path = "none.js"  # nothing is typeset, so nothing is fetched
 _CSS = """
 table { display: block; overflow-x: auto; font-size: 0.85rem; }
 img { max-width: 100%; }
+pre { white-space: pre-wrap; }
 """

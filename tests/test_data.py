@@ -53,7 +53,8 @@ def test_hue_spread_makes_colour_a_cue():
 
 
 def test_training_and_heldout_fractals_are_disjoint_instances():
-    train, heldout = (load_source("fractals", split, num_examples=40, num_classes=8, image_size=16) for split in ("train", "heldout"))
+    options = {"num_examples": 40, "num_classes": 8, "image_size": 16}
+    train, heldout = (load_source("fractals", split, **options) for split in ("train", "heldout"))
     images, labels = train.batch(np.arange(40))
     assert np.bincount(labels).tolist() == [5] * 8
     others, _ = heldout.batch(np.arange(40))
@@ -205,7 +206,7 @@ def test_a_tfds_set_is_read_without_tensorflow(tmp_path):
     length, classes, shape, labels, tensorflow = json.loads(done.stdout)
     assert (length, classes, shape, tensorflow) == (12, 3, [[20, 24, 3]], False)
     assert labels == sorted([0, 1, 2] * 4)
-    with pytest.raises(ValueError, match="'tfds:tiny_shape' is not prepared .*tiny_shapes"):
+    with pytest.raises(ValueError, match=r"'tfds:tiny_shape' is not prepared .*tiny_shapes"):
         load_source("tfds:tiny_shape", "train", data_dir=tmp_path)
     with pytest.raises(ValueError, match="has 12 train examples, 13 were asked"):
         load_source("tfds:tiny_shapes", "train", num_examples=13, data_dir=tmp_path)
