@@ -1,0 +1,89 @@
+"""Notebooks are thin, stripped and parameterised like their configs; the analysis runs on any study's records."""
+
+import ast
+import json
+from pathlib import Path
+
+import nbformat
+import pytest
+from synthetic import finetune_summaries, pretrain_summaries, write_runs
+
+from nfnet_lib.cell import execute
+from nfnet_lib.config import FinetuneConfig, PretrainConfig
+from nfnet_lib.report import build_report, clean_notebook
+
+NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+
+
+def parameters(path):
+    notebook = nbformat.read(path, 4)
+    (cell,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    return cell.source, {n.target.id: n for n in ast.parse(cell.source).body}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_thin_stripped_and_documented(path):
+    notebook = nbformat.read(path, 4)
+    nbformat.validate(notebook)
+    code = [c for c in notebook.cells if c.cell_type == "code"]
+    assert notebook.cells[0].source.startswith("# ") and len(code) <= 12
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert not any(c.outputs or c.execution_count for c in code)
+    lines = [line for c in code if "parameters" not in c.metadata.get("tags", []) for line in c.source.splitlines()]
+    assert len(lines) <= 80 and not any(line.startswith(("def ", "class ")) for line in lines)
+    source, nodes = parameters(path)
+    assert len(nodes) == len(source.splitlines()), "one a line"
+    assert all("  # " in line and ": " in line for line in source.splitlines())
+
+
+@pytest.mark.parametrize("name,config", [("02_pretrain", PretrainConfig), ("03_finetune", FinetuneConfig)])
+def test_parameters_are_the_config(name, config):
+    source, nodes = parameters(NOTEBOOKS[0].parent / f"{name}.ipynb")
+    assert set(nodes) == set(config.model_fields) - {"kind"} | {"out_dir", "cache_dir"}
+    defaults = {key: ast.literal_eval(node.value) for key, node in nodes.items() if key in config.model_fields}
+    config.from_params({**defaults, "pretrained_run": "x"} if name == "03_finetune" else defaults)
+    for key, node in nodes.items():
+        if key in config.model_fields:
+            assert config.model_fields[key].description in source
+            wanted = {int: "int", float: "float", bool: "bool"}.get(config.model_fields[key].annotation, "str")
+            assert node.annotation.id == wanted, key
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("work") / "planted"
+    runs = pretrain_summaries(noise=0.01)
+    write_runs(folder, [*runs, *finetune_summaries(runs[-4:])])
+    for name in ("index", "04_scaling_laws", "05_compare"):
+        execute(NOTEBOOKS[0].parent / f"{name}.ipynb", folder / "analysis" / f"{name}.ipynb", {"study_dir": str(folder)})
+    (folder / "broken").mkdir()
+    (folder / "broken" / "failure.json").write_text('{"error": "<script>alert(1)</script> | lost", "traceback": ""}')
+    return folder
+
+
+def test_analysis_shows_figures_and_sentences(study):
+    for number in (1, 2, 3):
+        assert all((study / "figures" / f"figure{number}.{suffix}").stat().st_size > 500 for suffix in ("svg", "png", "csv"))
+    text = (study / "analysis" / "04_scaling_laws.ipynb").read_text()
+    assert text.count('"image/png"') == 2 and "Power law: loss" in text
+
+
+def test_the_report_is_whole_and_needs_no_network(study):
+    index = build_report(study)
+    pages = {path.name: path.read_text() for path in index.parent.glob("*.html")}
+    assert {"index.html", "overview.html", "04_scaling_laws.html", "05_compare.html", "runs.html"} <= set(pages)
+    assert pages["index.html"].count("<img") >= 3
+    for name, page in pages.items():
+        for kind in ('src="http', 'src="//', '<link href="http', "url(http"):
+            assert kind not in page, (name, kind)
+        assert str(study) not in page and str(Path.cwd()) not in page, name
+        assert "<script>alert(1)" not in page
+    assert "failed: &lt;script&gt;" in pages["runs.html"] or "failed: &amp;lt;script" in pages["runs.html"]
+    assert build_report(study) == index, "again, over the old one"
+
+
+def test_cleaning_cuts_paths():
+    cell = {"metadata": {"papermill": {}}, "source": "/a/b/c.py"}
+    notebook = {"metadata": {"papermill": {"input_path": "x"}}, "cells": [cell]}
+    cleaned = clean_notebook(notebook, (Path("/a/b"),))
+    assert json.dumps(cleaned) == '{"metadata": {}, "cells": [{"metadata": {}, "source": "c.py"}]}'

@@ -1,0 +1,104 @@
+"""The lr search, the runner's guards, and a study from end to end at the smallest size."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nfnet_lib.cell import CellFailed, execute
+from nfnet_lib.cli import main
+from nfnet_lib.study import search_lr
+
+GRID = [0.1 * 2**i for i in range(8)]
+
+
+@given(st.permutations(range(8)), st.integers(0, 7))
+def test_the_rate_found_is_bracketed_or_at_the_end(losses, start):
+    tried = search_lr(GRID, GRID[start], lambda lr: float(losses[GRID.index(lr)]))
+    best = min(tried, key=tried.get)
+    index = GRID.index(best)
+    assert all(GRID[i] in tried for i in (index - 1, index + 1) if 0 <= i < 8)
+    assert GRID[start] in tried
+
+
+@given(st.integers(0, 7), st.integers(0, 7))
+def test_a_valley_is_found_from_anywhere(valley, start):
+    tried = search_lr(GRID, GRID[start], lambda lr: abs(GRID.index(lr) - valley))
+    assert min(tried, key=tried.get) == GRID[valley] and len(tried) <= abs(valley - start) + 3
+
+
+def notebook(path, *cells):
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
+    nbformat.write(book, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "code,words", [("1 / 0", "ZeroDivisionError"), ("import os; os.kill(os.getpid(), 9)", "died|Dead|exit code")]
+)
+def test_a_cell_that_fails_is_kept_and_told(tmp_path, code, words):
+    with pytest.raises(CellFailed, match=words):
+        execute(notebook(tmp_path / "in.ipynb", "print('before')", code), tmp_path / "out.ipynb", {})
+    assert not (tmp_path / "out.ipynb").exists() and "before" in (tmp_path / "out.partial.ipynb").read_text()
+
+
+def test_too_long_is_ended(tmp_path):
+    with pytest.raises(CellFailed, match="longer than"):
+        execute(notebook(tmp_path / "in.ipynb", "import time; time.sleep(600)"), tmp_path / "out.ipynb", {}, timeout=5)
+
+
+def test_nothing_outlives_the_process_that_started_it(tmp_path):
+    notebook(tmp_path / "in.ipynb", "open('started', 'w').close()", "import time; time.sleep(600)")
+    script = f"import pathlib; from nfnet_lib.cell import execute; p = pathlib.Path({str(tmp_path)!r}); \
+execute(p / 'in.ipynb', p / 'out.ipynb', {{}})"
+    parent = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parent.parent)
+    children: list[psutil.Process] = []
+    for _ in range(600):
+        children = psutil.Process(parent.pid).children(recursive=True)
+        if any("ipykernel" in " ".join(child.cmdline()) for child in children):
+            break
+        time.sleep(0.1)
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert len(children) >= 2 and not alive
+
+
+SMALLEST = """
+study:
+  name: smallest
+  pretrain: {num_classes: 4, image_size: 16, resolution: 16, eval_resolution: 16, examples_per_epoch: 32,
+             heldout_examples: 16, batch_size: 16, checkpoints: 1}
+  variants: [F0-mini]
+  epoch_budgets: [1, 2]
+  lr_grid: [0.05, 0.1]
+  notebooks: []
+"""
+
+
+def test_a_study_runs_skips_and_refuses_another(tmp_path, capsys):
+    path, out = tmp_path / "study.yaml", tmp_path / "out"
+    path.write_text(SMALLEST)
+    assert main(["study", str(path), "--out", str(out)]) == 0
+    assert "report:" in capsys.readouterr().out and (out / "report" / "index.html").exists()
+    stamps = {p: p.stat().st_mtime_ns for p in out.glob("*/summary.json")}
+    assert len(stamps) == 4 and all((p.parent / "run.ipynb").exists() for p in stamps)
+    assert main(["study", str(path), "--out", str(out)]) == 0
+    assert {p: p.stat().st_mtime_ns for p in out.glob("*/summary.json")} == stamps
+    text = (out / "results.csv").read_text()
+    assert text.count("\n") == 5 and str(tmp_path) not in text
+    path.write_text(SMALLEST.replace("num_classes: 4", "num_classes: 5"))
+    assert main(["study", str(path), "--out", str(out)]) == 2
+    assert "pretrain:" in capsys.readouterr().err
+    assert main(["study", str(tmp_path / "none.yaml")]) == 2
+    assert main(["status", str(out)]) == 0 and json.loads((out / "study.json").read_text())["name"] == "smallest"
