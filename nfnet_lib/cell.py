@@ -35,7 +35,7 @@ class CellFailed(RuntimeError):
 
 
 def execute(
-    notebook: Path, output: Path, parameters: dict[str, Any], *, core: int | None = None, timeout: float | None = None
+    notebook: Path, output: Path, parameters: dict[str, Any], *, core: int | None = None, timeout: float | int | None = None
 ) -> None:
     """Execute `notebook` with `parameters` into `output`, which appears only if every cell ran; CellFailed otherwise.
 
@@ -72,7 +72,7 @@ def execute(
 
 
 def run_cell(
-    config: RunConfig, study_dir: Path, *, core: int | None = None, timeout: float | None = None
+    config: RunConfig, study_dir: Path, *, core: int | None = None, timeout: float | int | None = None
 ) -> dict[str, Any]:
     """The summary of one run of a study, made by its notebook unless it is done; CellFailed leaves failure.json.
 

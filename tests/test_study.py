@@ -32,7 +32,7 @@ def test_the_rate_found_is_bracketed_or_at_the_end(losses, start):
 
 @given(st.integers(0, 7), st.integers(0, 7))
 def test_a_valley_is_found_from_anywhere(valley, start):
-    tried = search_lr(GRID, GRID[start], lambda lr: abs(GRID.index(lr) - valley))
+    tried = search_lr(GRID, GRID[start], lambda lr: float(abs(GRID.index(lr) - valley)))
     assert min(tried, key=tried.get) == GRID[valley] and len(tried) <= abs(valley - start) + 3
 
 
