@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Num, PyTree
 
 from nfnet_lib.agc import adaptive_gradient_clip
 
@@ -39,8 +39,9 @@ def make_optimizer(
 
 
 def warmup_cosine(
-    step: Float[Array, ""] | int, peak_lr: Float[Array, ""] | float, warmup_steps: Array | int, total_steps: Array | int
-) -> Float[Array, ""]:
+    step: Num[Array, ""] | int, peak_lr: Num[Array, ""] | float, warmup_steps: Num[Array, ""] | int,
+    total_steps: Num[Array, ""] | int,
+) -> Float[Array, ""]:  # fmt: skip
     """Learning rate of update `step` (from 0): linear from 0 over warmup_steps, then a cosine to 0 at total_steps.
 
     The horizon is the run's own length (arXiv 2310.16764 section 2): a run is not a prefix of a longer one.

@@ -124,7 +124,7 @@ def load_params(run_dir: str | Path) -> Any:
     tree: dict = {}
     for path, array in flat.items():
         *parents, last = path.split("/")
-        functools.reduce(lambda node, name: node.setdefault(name, {}), parents, tree)[last] = array
+        functools.reduce(lambda node, name: node.setdefault(name, {}), parents, tree)[last] = jnp.asarray(array)
     return tree
 
 

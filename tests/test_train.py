@@ -63,10 +63,8 @@ def test_saved_parameters_give_the_recorded_loss(finished):
     from nfnet_lib.train import load_sources
 
     model, params = models.create("F0-mini", 8), load_params(out_dir)
-    totals = [
-        eval_step(params, *batch, model=model)
-        for batch in eval_batches(load_sources(config)[1], batch_size=7, resolution=16)
-    ]
+    batches = eval_batches(load_sources(config)[1], batch_size=7, resolution=16)
+    totals = [eval_step(params, *map(jax.numpy.asarray, batch), model=model) for batch in batches]
     loss = sum(float(t["loss"]) for t in totals) / sum(float(t["examples"]) for t in totals)
     assert loss == pytest.approx(summary["heldout_loss"], rel=1e-4)
 
