@@ -166,7 +166,7 @@ def clean_notebook(notebook: dict[str, Any], roots: tuple[Path, ...] = (PROJECT,
     text = json.dumps(notebook)
     for root in sorted({str(Path(r).resolve()) for r in (*roots, sys.prefix)}, key=len, reverse=True):
         text = text.replace(json.dumps(root)[1:-1] + "/", "").replace(json.dumps(root)[1:-1], ".")
-    text = re.sub(r"/tmp/ipykernel_\d+/\d+\.py", "cell", text)
+    text = re.sub(r"/[\w/]+/ipykernel_\d+/\d+\.py", "cell", text)
     return json.loads(text)
 
 
