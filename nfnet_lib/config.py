@@ -170,7 +170,9 @@ class StudyConfig(BaseModel):
     lr_search: Literal["bracket", "grid"] = Field(
         "bracket", description="grid: try all; bracket: walk downhill from lr_start until a minimum is bracketed"
     )
-    lr_start: dict[str, float] = Field(default_factory=dict, description="by variant; default: the grid's middle")
+    lr_start: dict[float, float] = Field(
+        default_factory=dict, description="where the search begins, by epoch budget; default: the grid's middle"
+    )
     finetune: dict[str, Any] | None = Field(None, description="FinetuneConfig parameters, or none")
     finetune_augmults: list[int] = Field(default_factory=lambda: [1], description="fine-tuning runs of each winner")
     notebooks: list[str] = Field(default_factory=list, description="analysis notebooks, executed at the end")
@@ -210,9 +212,9 @@ class StudyConfig(BaseModel):
         """ConfigError on the first run that can't be: before anything is written."""
         if sorted(set(self.lr_grid)) != self.lr_grid:
             raise ConfigError(f"lr_grid: {self.lr_grid} must ascend without repeats")
-        for variant, lr in self.lr_start.items():
-            if variant not in self.variants or lr not in self.lr_grid:
-                raise ConfigError(f"lr_start: {variant}: {lr} is not a variant of the study with a value of lr_grid")
+        for budget, lr in self.lr_start.items():
+            if budget not in self.epoch_budgets or lr not in self.lr_grid:
+                raise ConfigError(f"lr_start: {budget:g}: {lr} is not one of epoch_budgets with a value of lr_grid")
         for variant in self.variants:
             for budget in self.epoch_budgets:
                 for lr in self.lr_grid:

@@ -4,7 +4,8 @@ How this differs from the release, none of it in the numbers:
 - The blocks of a stage after its first are one module whose parameters are stacked on a leading axis and applied by
   `jax.lax.scan`: one compiled body a stage, so compile time hardly grows with depth. `unroll` unrolls that scan;
   the parameter layout stays the same.
-- Flax NNX defines the modules and nothing else; parameters live in a nested dict outside them (see `models.py`).
+- Flax NNX defines the modules and nothing else; parameters live in a nested dict outside them (see `models.py`). A module
+  only says how each parameter is drawn (`parameter`): `models.Model.init` draws all of them at once.
 - "+" variants: the first stage's bottleneck is as published (192 channels), the released code's (128) is a setting.
 - On CPU the 1x1 and the grouped 3x3 convolutions are computed as matrix products, whose gradients XLA's CPU backend
   runs many times faster than those of its (grouped) convolution. Same parameters, same results to rounding.
@@ -36,12 +37,15 @@ def standardise_weight(w: Float[Array, "H W I O"], gain: Float[Array, " O"]) -> 
 
     The variance is floored so that variance * fan_in >= 1e-4 (nfnets/base.py WSConv2D).
     """
-    w = w.astype(jnp.float32)
-    fan_in = math.prod(w.shape[:-1])
-    mean = jnp.mean(w, axis=(0, 1, 2))
-    variance = jnp.var(w, axis=(0, 1, 2))
-    scale = jax.lax.rsqrt(jnp.maximum(variance * fan_in, 1e-4)) * gain
-    return (w - mean) * scale
+    flat = w.astype(jnp.float32).reshape(-1, w.shape[-1])
+    centred = flat - _column_sums(flat) / len(flat)
+    scale = jax.lax.rsqrt(jnp.maximum(_column_sums(centred**2), 1e-4)) * gain
+    return (centred * scale).reshape(w.shape)
+
+
+def _column_sums(x: Float[Array, "I O"]) -> Float[Array, " O"]:
+    """Sums over the first axis; on CPU as a matrix product, which XLA runs faster than its reductions (LOG.md)."""
+    return jnp.ones(len(x)) @ x if jax.default_backend() == "cpu" else x.sum(0)
 
 
 def convolve(
@@ -94,14 +98,19 @@ def _taps(size: int, kernel: int, stride: int) -> tuple[list[tuple[int, int]], i
     return [(tap, at + low) for tap, at in used.items()], low, high
 
 
+def parameter(shape: tuple[int, ...], *, std: float = 0.0, mean: float = 0.0) -> nnx.Param:
+    """A float32 parameter whose initial values are normal with this mean and standard deviation, written on it."""
+    return nnx.Param(jnp.full(shape, mean, jnp.float32), std=std, mean=mean)
+
+
 class ScaledWSConv(nnx.Module):
     """Convolution with scaled weight standardisation, a gain and a bias for each output channel; SAME padding."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, *, stride: int = 1, groups: int = 1, rngs: nnx.Rngs):
+    def __init__(self, inputs: int, outputs: int, kernel: int, *, stride: int = 1, groups: int = 1):
         shape = (kernel, kernel, inputs // groups, outputs)
-        self.w = nnx.Param(jax.nn.initializers.lecun_normal(in_axis=(0, 1, 2))(rngs.params(), shape))
-        self.gain = nnx.Param(jnp.ones(outputs))
-        self.bias = nnx.Param(jnp.zeros(outputs))
+        self.w = parameter(shape, std=math.prod(shape[:-1]) ** -0.5)
+        self.gain = parameter((outputs,), mean=1.0)
+        self.bias = parameter((outputs,))
         self.stride, self.groups = stride, groups
 
     def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B H2 W2 O"]:
@@ -110,12 +119,11 @@ class ScaledWSConv(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """Dense layer with bias; weights [I, O]."""
+    """Dense layer with bias; weights [I, O], drawn with standard deviation `std`, by default I**-0.5."""
 
-    def __init__(self, inputs: int, outputs: int, *, initializer=None, rngs: nnx.Rngs):
-        initializer = initializer or jax.nn.initializers.lecun_normal()
-        self.w = nnx.Param(initializer(rngs.params(), (inputs, outputs)))
-        self.b = nnx.Param(jnp.zeros(outputs))
+    def __init__(self, inputs: int, outputs: int, *, std: float | None = None):
+        self.w = parameter((inputs, outputs), std=inputs**-0.5 if std is None else std)
+        self.b = parameter((outputs,))
 
     def __call__(self, x: Float[Array, "B I"]) -> Float[Array, "B O"]:
         return x @ self.w[...].astype(x.dtype) + self.b[...].astype(x.dtype)
@@ -124,9 +132,9 @@ class Linear(nnx.Module):
 class SqueezeExcite(nnx.Module):
     """Channel gates in (0, 1) from the spatial mean; hidden width half the channels, ReLU (nfnets/base.py)."""
 
-    def __init__(self, channels: int, *, rngs: nnx.Rngs):
-        self.linear = Linear(channels, channels // 2, rngs=rngs)
-        self.linear_1 = Linear(channels // 2, channels, rngs=rngs)
+    def __init__(self, channels: int):
+        self.linear = Linear(channels, channels // 2)
+        self.linear_1 = Linear(channels // 2, channels)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B 1 1 C"]:
         hidden = jax.nn.relu(self.linear(x.mean((1, 2))))
@@ -140,17 +148,15 @@ class Block(nnx.Module):
     pooling where it strides. skip_gain starts at 0 (SkipInit), so a fresh network is its shortcut path.
     """
 
-    def __init__(
-        self, inputs: int, outputs: int, bottleneck: int, *, groups: int, stride: int, transition: bool, rngs: nnx.Rngs
-    ):
-        self.conv0 = ScaledWSConv(inputs, bottleneck, 1, rngs=rngs)
-        self.conv1 = ScaledWSConv(bottleneck, bottleneck, 3, stride=stride, groups=groups, rngs=rngs)
-        self.conv1b = ScaledWSConv(bottleneck, bottleneck, 3, groups=groups, rngs=rngs)
-        self.conv2 = ScaledWSConv(bottleneck, outputs, 1, rngs=rngs)
+    def __init__(self, inputs: int, outputs: int, bottleneck: int, *, groups: int, stride: int, transition: bool):
+        self.conv0 = ScaledWSConv(inputs, bottleneck, 1)
+        self.conv1 = ScaledWSConv(bottleneck, bottleneck, 3, stride=stride, groups=groups)
+        self.conv1b = ScaledWSConv(bottleneck, bottleneck, 3, groups=groups)
+        self.conv2 = ScaledWSConv(bottleneck, outputs, 1)
         if transition:
-            self.conv_shortcut = ScaledWSConv(inputs, outputs, 1, rngs=rngs)
-        self.squeeze_excite = SqueezeExcite(outputs, rngs=rngs)
-        self.skip_gain = nnx.Param(jnp.zeros(()))
+            self.conv_shortcut = ScaledWSConv(inputs, outputs, 1)
+        self.squeeze_excite = SqueezeExcite(outputs)
+        self.skip_gain = parameter(())
         self.stride, self.transition = stride, transition
 
     def __call__(
@@ -196,17 +202,13 @@ class Stage(nnx.Module):
 
     def __init__(
         self, inputs: int, outputs: int, bottleneck: int, depth: int, *,
-        groups: int, stride: int, first_beta: float, unroll: int, rngs: nnx.Rngs,
+        groups: int, stride: int, first_beta: float, unroll: int,
     ):  # fmt: skip
-        def block(rngs: nnx.Rngs, inputs: int, stride: int, transition: bool) -> Block:
-            return Block(inputs, outputs, bottleneck, groups=groups, stride=stride, transition=transition, rngs=rngs)
-
-        self.first = block(rngs, inputs, stride, True)
+        self.first = Block(inputs, outputs, bottleneck, groups=groups, stride=stride, transition=True)
         if depth > 1:
-            keys = jax.random.split(rngs.params(), depth - 1)
-            states = jax.vmap(lambda key: nnx.state(block(nnx.Rngs(key), outputs, 1, False)))(keys)
-            template = nnx.eval_shape(lambda: block(nnx.Rngs(0), outputs, 1, False))
-            self.rest = nnx.merge(nnx.graphdef(template), states)
+            graphdef, state = nnx.split(Block(outputs, outputs, bottleneck, groups=groups, stride=1, transition=False))
+            stacked = jax.tree.map(lambda p: jnp.broadcast_to(p, (depth - 1, *p.shape)), state)
+            self.rest = nnx.merge(graphdef, stacked)
         self.depth, self.unroll = depth, unroll
         self.betas = (first_beta, *((1 + ALPHA**2 * i) ** -0.5 for i in range(1, depth)))
 
@@ -252,13 +254,13 @@ class NFNet(nnx.Module):
     def __init__(
         self, variant: Variant, num_classes: int, *,
         stochdepth_rate: float = 0.0, drop_rate: float = 0.0, bottleneck_rule: str = "published",
-        dtype=jnp.float32, unroll: int = 1, rngs: nnx.Rngs,
+        dtype=jnp.float32, unroll: int = 1,
     ):  # fmt: skip
         stem_outputs = (*STEM_CHANNELS, variant.width[0] // 2)
         inputs = (3, *stem_outputs)
         self.stem = nnx.Dict(
             {
-                f"conv{i}": ScaledWSConv(inputs[i], stem_outputs[i], 3, stride=(2, 1, 1, 2)[i], rngs=rngs)
+                f"conv{i}": ScaledWSConv(inputs[i], stem_outputs[i], 3, stride=(2, 1, 1, 2)[i])
                 for i in range(4)
             }
         )
@@ -266,12 +268,12 @@ class NFNet(nnx.Module):
         for index, (width, depth, stride) in enumerate(zip(variant.width, variant.depth, STAGE_STRIDES, strict=True)):
             stage = Stage(
                 channels, width, variant.bottleneck(index, bottleneck_rule), depth,
-                groups=variant.groups(index), stride=stride, first_beta=beta, unroll=unroll, rngs=rngs,
+                groups=variant.groups(index), stride=stride, first_beta=beta, unroll=unroll,
             )  # fmt: skip
             setattr(self, f"stage{index}", stage)
             channels, beta = width, stage.final_beta
-        self.final_conv = ScaledWSConv(channels, 2 * channels, 1, rngs=rngs)
-        self.head = Linear(2 * channels, num_classes, initializer=jax.nn.initializers.normal(0.01), rngs=rngs)
+        self.final_conv = ScaledWSConv(channels, 2 * channels, 1)
+        self.head = Linear(2 * channels, num_classes, std=0.01)
         self.drop_rate, self.stochdepth_rate, self.dtype = drop_rate, stochdepth_rate, dtype
 
     def __call__(

@@ -139,7 +139,7 @@ def _tune_cell(study: StudyConfig, pool: Pool, variant: str, budget: float) -> N
         for lr in study.lr_grid:
             pool.run(study.pretrain_config(variant, budget, lr))
         return
-    start = study.lr_start.get(variant, study.lr_grid[len(study.lr_grid) // 2])
+    start = study.lr_start.get(budget, study.lr_grid[len(study.lr_grid) // 2])
     search_lr(study.lr_grid, start, lambda lr: pool.run(study.pretrain_config(variant, budget, lr)))
 
 

@@ -72,7 +72,7 @@ STUDY = {
         ({"variants": ["F0-mini", "Z1"]}, "variant: unknown 'Z1'"),
         ({"epoch_budgets": [0.3]}, "epoch_budget: 0.3"),
         ({"lr_grid": [0.2, 0.1]}, "lr_grid.*ascend"),
-        ({"lr_start": {"F0-mini": 0.3}}, "lr_start.*0.3"),
+        ({"lr_start": {1: 0.3}}, "lr_start.*0.3"),
         ({"name": "../out"}, "name: '../out'"),
         ({"varaints": ["F0-mini"]}, "varaints: unknown.*variants"),
         ({"pretrain": {"batchsize": 4}}, "batchsize: unknown.*batch_size"),
