@@ -4,10 +4,11 @@ Flat names, so that each is a papermill parameter; strict types and ranges; unkn
 Derived counts (steps, warm-up) are computed and checked here as well.
 """
 
+import ast
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,11 +65,7 @@ class RunConfig(BaseModel):
     @classmethod
     def from_params(cls, params: Mapping[str, Any]) -> "RunConfig":
         """The config of a flat mapping (papermill's, YAML's). ConfigError in one line on the first thing wrong."""
-        unknown = sorted(set(params) - set(cls.model_fields))
-        if unknown:
-            near = difflib.get_close_matches(unknown[0], cls.model_fields, n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(cls.model_fields)}"
-            raise ConfigError(f"{unknown[0]}: unknown parameter of {cls.__name__}; {hint}")
+        cls._refuse_unknown(params)
         try:
             return cls(**_numbers(cls, params))
         except ValidationError as error:
@@ -77,6 +74,26 @@ class RunConfig(BaseModel):
                 raise ConfigError(str(first["ctx"]["error"])) from None
             name = str(first["loc"][0])
             raise ConfigError(f"{name}: {params.get(name)!r} is out of range; {first['msg'].lower()}") from None
+
+    @classmethod
+    def notebook_params(cls, scope: Mapping[str, Any]) -> dict[str, Any]:
+        """The parameters of this config among a notebook's variables, `globals()`; also refuses names injected in vain.
+
+        papermill only warns of a parameter that a notebook does not have, and the run goes on with the default. What
+        it injected stands in IPython's history, `In`.
+        """
+        injected = [cell for cell in scope.get("In", ()) if cell.startswith("# Parameters\n")][-1:]
+        nodes = [node for cell in injected for node in ast.parse(cell).body if isinstance(node, ast.Assign)]
+        cls._refuse_unknown({target.id for node in nodes for target in node.targets} - {"out_dir", "cache_dir"})
+        return {name: value for name, value in scope.items() if name in cls.model_fields}
+
+    @classmethod
+    def _refuse_unknown(cls, names: Iterable[str]) -> None:
+        unknown = sorted(set(names) - set(cls.model_fields))
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], cls.model_fields, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(cls.model_fields)}"
+            raise ConfigError(f"{unknown[0]}: unknown parameter of {cls.__name__}; {hint}")
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":

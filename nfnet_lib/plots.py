@@ -225,7 +225,10 @@ def figure1_side_by_side(ours: "pd.DataFrame", published: "pd.DataFrame", note: 
 
 @figure_function
 def learning_curves(metrics_by_run: Mapping[str, "pd.DataFrame"], note: str | None = LAPTOP) -> Figure:
-    """Training loss and learning rate against the step, for {name of run: `records.read_metrics`}."""
+    """Training loss and learning rate against the step, for {name of run: `records.read_metrics`}.
+
+    Held-out evaluations between the steps, where a run made any, are rings on its curve.
+    """
     import seaborn as sns
 
     figure, (upper, lower) = new_figure(rows=2, size=(8, 6), sharex=True, height_ratios=[3, 1], note=note)
@@ -238,7 +241,10 @@ def learning_curves(metrics_by_run: Mapping[str, "pd.DataFrame"], note: str | No
             if column in metrics:
                 shown = metrics.dropna(subset=[column])
                 axes.plot(shown["step"], shown[column], **style, marker="o" if len(shown) == 1 else "", label=name)
-    upper.set(ylabel="training loss (nats per image)")
+        if "heldout_loss" in metrics:
+            shown = metrics.dropna(subset=["heldout_loss"])
+            upper.plot(shown["step"], shown["heldout_loss"], "o", color=colors[index], mfc="white", label=f"{name}, held out")
+    upper.set(ylabel="loss (nats per image)")
     lower.set(xlabel="step", ylabel="learning rate")
     if upper.lines:
         upper.legend(

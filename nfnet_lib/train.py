@@ -183,16 +183,17 @@ def _train(config, out_dir, train_source, heldout_source, initial, progress) -> 
     with contextlib.closing(batches), MetricsWriter(out_dir / "metrics.jsonl", last_step=begin) as writer:
         bar = _progress(config, begin, progress)
 
-        def read(metrics: dict, number: int) -> None:
-            """Metrics of an earlier step: the device is already busy with the next."""
+        def read(metrics: dict, number: int, heldout: dict | None = None) -> None:
+            """Metrics of an earlier step, when the device is already busy with the next, and a held-out evaluation."""
             loss = float(metrics["loss"])
             if not np.isfinite(loss):
                 raise NonFiniteLoss(f"the loss is {loss} at step {number} of {config.steps}; a lower peak_lr may help")
-            if number in log_at:
+            if number in log_at or heldout:
                 rate = (number - begin) * config.batch_size / (time.perf_counter() - loop_clock)
                 writer.write(
                     number, epoch=number * config.batch_size / config.examples_per_epoch, loss=loss,
                     lr=float(metrics["lr"]), grad_norm=float(metrics["grad_norm"]), images_per_second=round(rate, 1),
+                    **(heldout or {}),
                 )  # fmt: skip
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update(config.batch_size)
@@ -205,9 +206,11 @@ def _train(config, out_dir, train_source, heldout_source, initial, progress) -> 
                 read(pending, number - 1)
             pending = metrics
             stopping = (out_dir / STOP).exists()
-            if number in save_at or stopping:
-                read(pending, number)
+            heldout = evaluate(state.params) if number in eval_at else None
+            if heldout or number in save_at or stopping:
+                read(pending, number, heldout)
                 pending = None
+            if number in save_at or stopping:
                 writer.sync()
                 seconds = trained_seconds + time.perf_counter() - loop_clock
                 data = sampler.state(batch.position, train_source.fingerprint)
@@ -215,8 +218,6 @@ def _train(config, out_dir, train_source, heldout_source, initial, progress) -> 
             if stopping:
                 checkpoints.close()
                 raise Stopped(f"stopped at step {number} of {config.steps}; start it again to resume")
-            if number in eval_at:
-                write_json(out_dir / "heldout" / f"{number:09d}.json", evaluate(state.params))
         if pending is not None:
             read(pending, config.steps)
         bar.close()

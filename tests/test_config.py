@@ -93,3 +93,11 @@ def test_unreadable_study_files(tmp_path):
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(ConfigError, match="study file"):
             StudyConfig.from_file(tmp_path / "bad.yaml")
+
+
+def test_a_name_that_papermill_injected_in_vain_is_refused():
+    scope = {"variant": "F1-mini", "helper": 3, "In": ["", "variant = 'F0-mini'", "# Parameters\nvariant = 'F1-mini'\n"]}
+    assert PretrainConfig.notebook_params(scope) == {"variant": "F1-mini"}
+    scope["In"].append("# Parameters\nout_dir = 'x'\nvarient = 'F1-mini'\n")
+    with pytest.raises(ConfigError, match="varient: unknown parameter of PretrainConfig; did you mean variant"):
+        PretrainConfig.notebook_params(scope)

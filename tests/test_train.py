@@ -21,7 +21,7 @@ from nfnet_lib.variants import get_variant
 TINY = {
     "variant": "F0-mini", "num_classes": 8, "image_size": 16, "resolution": 16, "eval_resolution": 16,
     "examples_per_epoch": 64, "heldout_examples": 30, "batch_size": 16, "epoch_budget": 2.0, "peak_lr": 0.05,
-    "checkpoints": 4,
+    "checkpoints": 4, "evaluations": 2,
 }  # fmt: skip
 TIMES = ("seconds", "wall_seconds", "compile_seconds", "images_per_second", "core_hours", "started_at", "finished_at")
 
@@ -52,7 +52,9 @@ def test_the_record_says_what_was_done(finished):
     assert summary["forward_macs"] == macs and summary["train_flops"] == 6 * macs * 128
     assert 0 <= summary["heldout_top1"] <= summary["heldout_top5"] <= 1
     assert summary["heldout_top1"] * 30 == pytest.approx(round(summary["heldout_top1"] * 30)), "30 examples, each once"
-    assert len((out_dir / "metrics.jsonl").read_text().splitlines()) == 8
+    lines = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert [line["step"] for line in lines if "heldout_loss" in line] == [4], "the one before the end"
     assert json.loads((out_dir / "params.json").read_text()) == config.model_dump(mode="json")
 
 
