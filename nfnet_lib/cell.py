@@ -11,12 +11,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nfnet_lib import PROJECT
 from nfnet_lib.config import RunConfig
-from nfnet_lib.records import FAILURE, SUMMARY, read_summary, write_json
+from nfnet_lib.records import FAILURE, write_json
+from nfnet_lib.tuning import tuned_already
 
 NOTEBOOKS = PROJECT / "notebooks"
 _RUN_NOTEBOOK = {"pretrain": "02_pretrain.ipynb", "finetune": "03_finetune.ipynb"}
@@ -70,42 +72,46 @@ def execute(
 
 
 def run_cell(
-    config: RunConfig, study_dir: Path, *, core: int | None = None, timeout: float | int | None = None
-) -> dict[str, Any]:
-    """The summary of one run of a study, made by its notebook unless it is done; CellFailed leaves failure.json.
+    config: RunConfig, study_dir: Path, *, lr_grid: Sequence[float] = (), core: int | None = None,
+    timeout: float | int | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The summary of the best run of a cell of a study, made by its notebook unless it is done.
 
-    This is the function behind which an engine may put a cluster.
+    With an lr_grid the cell is a search from config.peak_lr (`tuning.tune`), without one a single run. CellFailed leaves
+    failure.json. This is the function behind which an engine may put a cluster.
     """
-    run_dir = study_dir / config.run_id
-    output = run_dir / "run.ipynb"
-    if (run_dir / SUMMARY).exists() and output.exists():
-        return _summary_of(config, run_dir)
-    parameters = config.model_dump(mode="json", exclude={"kind"})
-    parameters |= {"out_dir": project_relative(run_dir), "cache_dir": project_relative(study_dir / ".cache")}
+    folder = cell_dir(config, study_dir, lr_grid)
+    output = folder / "run.ipynb"
+    done = tuned_already(config, list(lr_grid), study_dir)
+    if done is not None and output.exists():
+        return done
+    parameters = config.model_dump(mode="json", exclude={"kind"}) | {"study_dir": project_relative(study_dir)}
+    if lr_grid:
+        parameters["lr_grid"] = list(lr_grid)
     started = time.time()
     try:
         execute(NOTEBOOKS / _RUN_NOTEBOOK[config.kind], output, parameters, core=core, timeout=timeout)
-        if not (run_dir / SUMMARY).exists():
+        done = tuned_already(config, list(lr_grid), study_dir)
+        if done is None:
             raise CellFailed("the notebook ended without a summary of its run", output.with_suffix(".log").read_text())
-        return _summary_of(config, run_dir)
     except CellFailed as error:
         write_json(
-            run_dir / FAILURE, {"error": str(error), "traceback": error.log[-20_000:], "seconds": time.time() - started}
+            folder / FAILURE, {"error": str(error), "traceback": error.log[-20_000:], "seconds": time.time() - started}
         )
         raise
+    (folder / FAILURE).unlink(missing_ok=True)
+    return done
+
+
+def cell_dir(config: RunConfig, study_dir: Path, lr_grid: Sequence[float] = ()) -> Path:
+    """Where the executed notebook of a cell lies: in its run's folder, or that of the search."""
+    return study_dir / (config.cell_id if lr_grid else config.run_id)
 
 
 def project_relative(path: Path) -> str:
     """`path` relative to the checkout where it lies inside: no machine path gets into notebooks and records."""
     path = Path(path).resolve()
     return str(path.relative_to(PROJECT)) if path.is_relative_to(PROJECT) else str(path)
-
-
-def _summary_of(config: RunConfig, run_dir: Path) -> dict[str, Any]:
-    summary = read_summary(run_dir)
-    if summary["config_hash"] != config.config_hash:
-        raise CellFailed(f"{run_dir.name} holds a run of other parameters", "")
-    return summary
 
 
 def _main(parent: int) -> None:

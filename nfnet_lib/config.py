@@ -84,7 +84,7 @@ class RunConfig(BaseModel):
         """
         injected = [cell for cell in scope.get("In", ()) if cell.startswith("# Parameters\n")][-1:]
         nodes = [node for cell in injected for node in ast.parse(cell).body if isinstance(node, ast.Assign)]
-        cls._refuse_unknown({target.id for node in nodes for target in node.targets} - {"out_dir", "cache_dir"})
+        cls._refuse_unknown({target.id for node in nodes for target in node.targets} - {"study_dir", "lr_grid"})
         return {name: value for name, value in scope.items() if name in cls.model_fields}
 
     @classmethod
@@ -140,17 +140,22 @@ class RunConfig(BaseModel):
     @property
     def config_hash(self) -> str:
         """16 hex digits of every parameter; equal configs make equal runs."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return _digest(self.model_dump(mode="json"))
 
     @property
     def run_id(self) -> str:
-        """Folder name: what a reader looks for first, then the hash."""
-        parts = [self.variant, self.dataset.replace(":", "-").replace("/", "-"), f"ep{self.epoch_budget:g}"]
-        parts += [f"lr{self.peak_lr:g}", f"s{self.seed}"]
-        if self.augmult > 1:
-            parts.append(f"ra{self.augmult}")
-        return "_".join([self.kind, *parts, self.config_hash[:6]])
+        """Folder name of the run: what a reader looks for first, then the hash."""
+        return self._name(f"lr{self.peak_lr:g}", self.config_hash)
+
+    @property
+    def cell_id(self) -> str:
+        """Name of the cell to which the runs belong that differ in nothing but peak_lr."""
+        return self._name("tuned", _digest(self.model_dump(mode="json", exclude={"peak_lr"})))
+
+    def _name(self, lr: str, digest: str) -> str:
+        parts = [self.kind, self.variant, self.dataset.replace(":", "-").replace("/", "-"), f"ep{self.epoch_budget:g}"]
+        parts += [lr, f"s{self.seed}"] + ([f"ra{self.augmult}"] if self.augmult > 1 else [])
+        return "_".join([*parts, digest[:6]])
 
 
 class PretrainConfig(RunConfig):
@@ -266,6 +271,10 @@ def _numbers(cls: type[BaseModel], params: Mapping[str, Any]) -> dict[str, Any]:
             except ValueError:
                 raise ConfigError(f"{name}: {value!r} is not a whole number") from None
     return out
+
+
+def _digest(parameters: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _nearest(value: int, multiple: int) -> str:

@@ -218,20 +218,21 @@ def _copy_pages(study_dir: Path, source: Path) -> list[str]:
     return sorted(pages, key=lambda name: (name != "overview", name != "04_scaling_laws", name))
 
 
-def _copy_runs(study_dir: Path, source: Path) -> list[str]:
-    """Pages of runs; all of them, or in a large study the winners and the fine-tuning runs."""
+def _copy_runs(study_dir: Path, source: Path) -> dict[str, str]:
+    """Pages of runs, {run_id: page}; all of them, or in a large study the winners and the fine-tuning runs."""
     records = collect(study_dir)
     wanted = set(records["run_id"])
     if len(wanted) > ALL_RUN_PAGES:
         tuned = records[records["kind"] == "finetune"]
         winners = records.sort_values("heldout_loss").groupby(["kind", "variant", "epoch_budget"]).head(1)
         wanted = set(tuned["run_id"]) | set(winners["run_id"])
-    made = []
-    for run_id in sorted(wanted):
-        path = study_dir / run_id / "run.ipynb"
-        if path.exists():
-            _write_clean(path, source / "runs" / f"{run_id}.ipynb", study_dir, title=run_id)
-            made.append(run_id)
+    made = {}
+    for row in records[records["run_id"].isin(wanted)].to_dict("records"):
+        for name in (row["run_id"], row.get("cell_id")):  # a run's own notebook, or that of the search it belongs to
+            if name and (study_dir / name / "run.ipynb").exists():
+                made[row["run_id"]] = name
+    for name in set(made.values()):
+        _write_clean(study_dir / name / "run.ipynb", source / "runs" / f"{name}.ipynb", study_dir, title=name)
     return made
 
 
@@ -249,25 +250,26 @@ def _write_clean(path: Path, target: Path, study_dir: Path, title: str | None = 
     target.write_text(json.dumps(notebook))
 
 
-def _runs_page(study_dir: Path, pages: list[str]) -> str:
+def _runs_page(study_dir: Path, pages: dict[str, str]) -> str:
     table = run_table(study_dir)
     lines = [
         "# Every run",
         "",
-        "Laptop scale. A run with a page of its own is linked to it: its executed notebook.",
+        "Laptop scale. A run is linked to the executed notebook that made it.",
         "",
     ]
     names = [c for c in table.columns if c != "run_id"]
     lines += ["| run | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 1)]
     for row in table.itertuples(index=False):
-        values = [f"[{row.run_id}](runs/{row.run_id}.ipynb)" if row.run_id in pages else f"`{row.run_id}`"]
+        page = pages.get(row.run_id)
+        values = [f"[{row.run_id}](runs/{page}.ipynb)" if page else f"`{row.run_id}`"]
         for name in names:
             value = getattr(row, name)
             text = "" if value != value else f"{value:.4g}" if isinstance(value, float) else str(value)
             values.append(html.escape(text).replace("|", "\\|").replace("\n", " "))
         lines.append("| " + " | ".join(values) + " |")
     if pages:
-        lines += ["", "```{toctree}", ":hidden:", "", *(f"runs/{name}" for name in pages), "```"]
+        lines += ["", "```{toctree}", ":hidden:", "", *(f"runs/{name}" for name in sorted(set(pages.values()))), "```"]
     return "\n".join(lines) + "\n"
 
 

@@ -1,23 +1,22 @@
 """A study: pre-training cells with the learning rate tuned in each, fine-tuning of the winners, analysis, report.
 
-Every run is a cell (cell.run_cell): an executed notebook and a record. What is done is skipped, so that a study killed
-at any moment goes on where it was, and ends with the same records.
+Every cell (cell.run_cell) is an executed notebook and the records of its runs: a search of the learning rate, or one run.
+What is done is skipped, so that a study killed at any moment goes on where it was, and ends with the same records.
 """
 
 import contextlib
 import fcntl
-import math
 import os
 import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from nfnet_lib import flops
-from nfnet_lib.cell import NOTEBOOKS, CellFailed, execute, project_relative, run_cell
+from nfnet_lib.cell import NOTEBOOKS, CellFailed, cell_dir, execute, project_relative, run_cell
 from nfnet_lib.config import ConfigError, RunConfig, StudyConfig
 from nfnet_lib.records import collect, results_csv, write_json
 from nfnet_lib.variants import VARIANTS
@@ -40,22 +39,22 @@ class Pool:
             self._cores.put(core)
         self.stopping = threading.Event()
 
-    def run(self, config: RunConfig) -> float:
-        """Held-out loss of a run; infinite where it failed, which is reported and remembered."""
+    def run(self, config: RunConfig, lr_grid: Sequence[float] = ()) -> None:
+        """One cell (cell.run_cell); a failure is reported and remembered."""
         if self.stopping.is_set():
             raise KeyboardInterrupt
         core = self._cores.get()
+        name = config.cell_id if lr_grid else config.run_id
         try:
-            done = (self._dir / config.run_id / "run.ipynb").exists()
+            done = (cell_dir(config, self._dir, lr_grid) / "run.ipynb").exists()
             clock = time.monotonic()
-            summary = run_cell(config, self._dir, core=core, timeout=60 * self._study.timeout_minutes)
+            summary = run_cell(config, self._dir, lr_grid=lr_grid, core=core, timeout=60 * self._study.timeout_minutes)
             took = "skipped: already done" if done else f"{time.monotonic() - clock:.0f} s"
-            self._say(f"{config.run_id}: held-out loss {summary['heldout_loss']:.4f} ({took})")
-            return summary["heldout_loss"]
+            best = f" at peak_lr {summary['config']['peak_lr']:g}" if lr_grid else ""
+            self._say(f"{name}: held-out loss {summary['heldout_loss']:.4f}{best} ({took})")
         except CellFailed as error:
-            self.failures[config.run_id] = str(error)
-            self._say(f"{config.run_id}: FAILED: {error}")
-            return math.inf
+            self.failures[name] = str(error)
+            self._say(f"{name}: FAILED: {error}")
         finally:
             self._cores.put(core)
 
@@ -72,27 +71,6 @@ class Pool:
                 for future in futures:
                     future.cancel()
                 raise
-
-
-def search_lr(grid: list[float], start: float, loss_of: Callable[[float], float]) -> dict[float, float]:
-    """{lr: loss} of the rates tried: start and its neighbours in `grid`, then on downhill until a minimum is bracketed.
-
-    The best rate found has a worse one on each side, unless it is an end of the grid.
-    """
-    tried: dict[int, float] = {}
-
-    def try_index(index: int) -> None:
-        if 0 <= index < len(grid) and index not in tried:
-            tried[index] = loss_of(grid[index])
-
-    best = grid.index(start)
-    while True:
-        for index in (best, best - 1, best + 1):
-            try_index(index)
-        lowest = min(tried, key=lambda index: (tried[index], index))
-        if lowest == best:
-            return {grid[index]: tried[index] for index in sorted(tried)}
-        best = lowest
 
 
 def run_study(study: StudyConfig, study_dir: Path) -> tuple[Path, dict[str, str]]:
@@ -119,7 +97,7 @@ def run_study(study: StudyConfig, study_dir: Path) -> tuple[Path, dict[str, str]
         with tqdm(total=len(cells) + tuning + len(study.notebooks) + 1, unit="cell", desc=study.name) as bar:
             pool = Pool(study, study_dir, bar.write)
             bar.write(f"{study.name}: {len(cells)} cells, {tuning} fine-tuning runs, {pool.workers} at a time")
-            pool.map(lambda cell: _tune_cell(study, pool, *cell), cells, lambda: bar.update())
+            pool.map(lambda cell: _run_pretraining(study, pool, *cell), cells, lambda: bar.update())
             records = collect(study_dir)
             if study.finetune:
                 pool.map(pool.run, _finetuning(study, records), lambda: bar.update())
@@ -134,13 +112,13 @@ def run_study(study: StudyConfig, study_dir: Path) -> tuple[Path, dict[str, str]
     return report, failures
 
 
-def _tune_cell(study: StudyConfig, pool: Pool, variant: str, budget: float) -> None:
+def _run_pretraining(study: StudyConfig, pool: Pool, variant: str, budget: float) -> None:
     if study.lr_search == "grid":
         for lr in study.lr_grid:
             pool.run(study.pretrain_config(variant, budget, lr))
         return
     start = study.lr_start.get(budget, study.lr_grid[len(study.lr_grid) // 2])
-    search_lr(study.lr_grid, start, lambda lr: pool.run(study.pretrain_config(variant, budget, lr)))
+    pool.run(study.pretrain_config(variant, budget, start), study.lr_grid)
 
 
 def _finetuning(study: StudyConfig, records) -> list[RunConfig]:

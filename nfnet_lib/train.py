@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -104,13 +105,13 @@ def example_views(config: RunConfig, count: int = 24) -> np.ndarray:
         return next(batches).images[:count]
 
 
-def small_pretraining(variant: str, root: Path, cache_dir: str | Path) -> str:
-    """run_id of a pre-training run of a minute or so in `root`, made unless it is there: for trying out what follows."""
+def small_pretraining(variant: str, study_dir: Path) -> str:
+    """run_id of a pre-training run of a minute or so in study_dir, made unless there: for trying out what follows."""
     config = PretrainConfig(
         variant=variant, num_classes=16, hue_spread=0.1, examples_per_epoch=1024, heldout_examples=512, batch_size=16,
         eval_resolution=32, agc_clip=0.16, agc_eps=0.05, peak_lr=0.05,
     )  # fmt: skip
-    return run(config, root / config.run_id, cache_dir=cache_dir)["run_id"]
+    return run(config, study_dir / config.run_id, cache_dir=study_dir / ".cache")["run_id"]
 
 
 def load_params(run_dir: str | Path) -> Any:
@@ -131,30 +132,13 @@ def load_params(run_dir: str | Path) -> Any:
 def _train(config, out_dir, train_source, heldout_source, initial, progress) -> dict[str, Any]:
     started = _now()
     clock = time.perf_counter()
-    model = models.create(
-        config.variant, train_source.num_classes, drop_rate=config.drop_rate, stochdepth_rate=config.stochdepth_rate,
-        bottleneck_rule=config.bottleneck_rule, dtype=jnp.dtype(config.dtype), unroll=config.unroll,
-    )  # fmt: skip
-    optimizer = make_optimizer(
-        momentum=config.momentum, weight_decay=config.weight_decay, agc_clip=config.agc_clip, agc_eps=config.agc_eps
-    )
     schedule = Schedule(jnp.float32(config.peak_lr), jnp.int32(config.warmup_steps), jnp.int32(config.steps))
     init_key, noise_key = jax.random.split(jax.random.key(config.seed))
-    init = functools.partial(init_state, model, optimizer, ema=config.ema_decay > 0)
-    step_function = functools.partial(
-        train_step, model=model, optimizer=optimizer, label_smoothing=config.label_smoothing, rho=config.rho,
-        ema_decay=config.ema_decay,
-    )  # fmt: skip
     compile_clock = time.perf_counter()
-    shape = (config.batch_size, config.resolution, config.resolution, 3)
-    step = (
-        jax.jit(step_function, donate_argnums=0)
-        .lower(jax.eval_shape(init, init_key), jax.ShapeDtypeStruct(shape, jnp.uint8),
-               jax.ShapeDtypeStruct(shape[:1], jnp.int32), schedule, noise_key)
-        .compile()
-    )  # fmt: skip
-    evaluate = _compile_evaluation(model, config, heldout_source)
-    state = jax.jit(init)(init_key)
+    values = tuple((name, getattr(config, name)) for name in _PROGRAM_PARAMETERS)
+    init, step, eval_function = _programs(values, train_source.num_classes, min(EVAL_BATCH, len(heldout_source)))
+    evaluate = functools.partial(_evaluate, eval_function, config, heldout_source)
+    state = init(init_key)
     compile_seconds = time.perf_counter() - compile_clock
     if initial is not None:
         params = transfer(initial, state.params)
@@ -246,29 +230,54 @@ def transfer(pretrained: Any, fresh: Any) -> Any:
     return out
 
 
-def _compile_evaluation(model, config: RunConfig, source: Source):
-    """A function of the parameters: {"heldout_loss", "heldout_top1", "heldout_top5"}, each example counted once."""
-    batch = min(EVAL_BATCH, len(source))
-    shape = (batch, config.eval_resolution, config.eval_resolution, 3)
-    compiled = (
-        jax.jit(functools.partial(eval_step, model=model))
-        .lower(model.param_shapes(), jax.ShapeDtypeStruct(shape, jnp.uint8),
-               jax.ShapeDtypeStruct((batch,), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.float32))
-        .compile()
+# What a compiled program depends on; everything else of a config is data to it.
+_PROGRAM_PARAMETERS = (
+    "variant", "bottleneck_rule", "drop_rate", "stochdepth_rate", "dtype", "unroll", "batch_size", "resolution",
+    "eval_resolution", "momentum", "weight_decay", "agc_clip", "agc_eps", "label_smoothing", "rho", "ema_decay",
+)  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1)
+def _programs(values: tuple[tuple[str, Any], ...], num_classes: int, eval_batch: int):
+    """Compiled init(key), step(state, images, labels, schedule, key) and eval_step, shared by the runs of a search."""
+    config = types.SimpleNamespace(**dict(values))
+    model = models.create(
+        config.variant, num_classes, drop_rate=config.drop_rate, stochdepth_rate=config.stochdepth_rate,
+        bottleneck_rule=config.bottleneck_rule, dtype=jnp.dtype(config.dtype), unroll=config.unroll,
+    )  # fmt: skip
+    optimizer = make_optimizer(
+        momentum=config.momentum, weight_decay=config.weight_decay, agc_clip=config.agc_clip, agc_eps=config.agc_eps
+    )
+    key = jax.random.key(0)
+    schedule = Schedule(jnp.float32(0), jnp.int32(0), jnp.int32(1))
+    init = jax.jit(functools.partial(init_state, model, optimizer, ema=config.ema_decay > 0)).lower(key).compile()
+    step = functools.partial(
+        train_step, model=model, optimizer=optimizer, label_smoothing=config.label_smoothing, rho=config.rho,
+        ema_decay=config.ema_decay,
     )  # fmt: skip
 
-    def evaluate(params) -> dict[str, float]:
-        totals = {"loss": 0.0, "top1": 0.0, "top5": 0.0, "examples": 0.0}
-        for images, labels, weights in eval_batches(
-            source, batch_size=batch, resolution=config.eval_resolution, margin=config.eval_margin
-        ):
-            sums = jax.device_get(compiled(params, images, labels, weights))
-            totals = {name: totals[name] + float(sums[name]) for name in totals}
-        if round(totals["examples"]) != len(source):
-            raise RuntimeError(f"evaluated {totals['examples']} examples of {len(source)}")
-        return {f"heldout_{name}": totals[name] / totals["examples"] for name in ("loss", "top1", "top5")}
+    def batch_shapes(size: int, side: int):
+        return jax.ShapeDtypeStruct((size, side, side, 3), jnp.uint8), jax.ShapeDtypeStruct((size,), jnp.int32)
 
-    return evaluate
+    shapes = batch_shapes(config.batch_size, config.resolution)
+    step = jax.jit(step, donate_argnums=0).lower(init.out_info, *shapes, schedule, key).compile()
+    shapes = (*batch_shapes(eval_batch, config.eval_resolution), jax.ShapeDtypeStruct((eval_batch,), jnp.float32))
+    evaluation = jax.jit(functools.partial(eval_step, model=model)).lower(model.param_shapes(), *shapes).compile()
+    return init, step, evaluation
+
+
+def _evaluate(compiled, config: RunConfig, source: Source, params) -> dict[str, float]:
+    """{"heldout_loss", "heldout_top1", "heldout_top5"} of `params`, each example counted once."""
+    totals = {"loss": 0.0, "top1": 0.0, "top5": 0.0, "examples": 0.0}
+    batches = eval_batches(
+        source, batch_size=min(EVAL_BATCH, len(source)), resolution=config.eval_resolution, margin=config.eval_margin
+    )
+    for images, labels, weights in batches:
+        sums = jax.device_get(compiled(params, images, labels, weights))
+        totals = {name: totals[name] + float(sums[name]) for name in totals}
+    if round(totals["examples"]) != len(source):
+        raise RuntimeError(f"evaluated {totals['examples']} examples of {len(source)}")
+    return {f"heldout_{name}": totals[name] / totals["examples"] for name in ("loss", "top1", "top5")}
 
 
 def _pretrained_body(config: RunConfig, out_dir: Path) -> Any:
@@ -316,7 +325,7 @@ def _summary(
     curve = read_metrics(out_dir)["loss"]
     cores = len(os.sched_getaffinity(0)) if jax.default_backend() == "cpu" else jax.device_count()
     return {
-        "schema": 1, "run_id": config.run_id, "kind": config.kind, "status": "done",
+        "schema": 1, "run_id": config.run_id, "cell_id": config.cell_id, "kind": config.kind, "status": "done",
         "config": config.model_dump(mode="json"), "config_hash": config.config_hash,
         "num_params": flops.num_params(variant, num_classes, config.bottleneck_rule),
         "forward_macs": macs, "train_flops": total, "steps": config.steps, "images_seen": images_seen,

@@ -98,6 +98,6 @@ def test_unreadable_study_files(tmp_path):
 def test_a_name_that_papermill_injected_in_vain_is_refused():
     scope = {"variant": "F1-mini", "helper": 3, "In": ["", "variant = 'F0-mini'", "# Parameters\nvariant = 'F1-mini'\n"]}
     assert PretrainConfig.notebook_params(scope) == {"variant": "F1-mini"}
-    scope["In"].append("# Parameters\nout_dir = 'x'\nvarient = 'F1-mini'\n")
+    scope["In"].append("# Parameters\nstudy_dir = 'x'\nvarient = 'F1-mini'\n")
     with pytest.raises(ConfigError, match="varient: unknown parameter of PretrainConfig; did you mean variant"):
         PretrainConfig.notebook_params(scope)
