@@ -3,6 +3,7 @@
 import pytest
 import yaml
 
+from nfnet_lib import PROJECT
 from nfnet_lib.config import ConfigError, FinetuneConfig, PretrainConfig, StudyConfig, config_from_params
 
 
@@ -101,3 +102,13 @@ def test_a_name_that_papermill_injected_in_vain_is_refused():
     scope["In"].append("# Parameters\nstudy_dir = 'x'\nvarient = 'F1-mini'\n")
     with pytest.raises(ConfigError, match="varient: unknown parameter of PretrainConfig; did you mean variant"):
         PretrainConfig.notebook_params(scope)
+
+
+@pytest.mark.parametrize("path", sorted(PROJECT.glob("params/*/*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_params_file_is_valid_and_says_what_it_is(path):
+    text = path.read_text()
+    assert all(word in text.split("\nstudy:")[0] for word in ("# ", "Source:", "Cost", "Command:"))
+    if path.stem == "study":
+        assert StudyConfig.from_file(path).name == path.parent.name
+    else:
+        config_from_params(yaml.safe_load(text) | ({"pretrained_run": "x"} if path.stem == "finetune" else {}))

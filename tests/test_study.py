@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import kill_study
 import nbformat
 import psutil
 import pytest
@@ -86,19 +87,36 @@ study:
 """
 
 
-def test_a_study_runs_skips_and_refuses_another(tmp_path, capsys):
-    path, out = tmp_path / "study.yaml", tmp_path / "out"
-    path.write_text(SMALLEST)
-    assert main(["study", str(path), "--out", str(out)]) == 0
-    assert "report:" in capsys.readouterr().out and (out / "report" / "index.html").exists()
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """The file of the smallest study, and the folder of its undisturbed run."""
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "study.yaml").write_text(SMALLEST)
+    assert main(["study", str(folder / "study.yaml"), "--out", str(folder / "out")]) == 0
+    return folder / "study.yaml", folder / "out"
+
+
+def test_a_study_runs_skips_and_refuses_another(study, tmp_path, capsys):
+    path, out = study
+    assert (out / "report" / "index.html").exists()
     stamps = {p: p.stat().st_mtime_ns for p in out.glob("*/summary.json")}
     assert len(stamps) == 4 and len(list(out.glob("pretrain_*_tuned_*/run.ipynb"))) == 2
     assert main(["study", str(path), "--out", str(out)]) == 0
+    assert "report:" in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in out.glob("*/summary.json")} == stamps
     text = (out / "results.csv").read_text()
-    assert text.count("\n") == 5 and str(tmp_path) not in text
-    path.write_text(SMALLEST.replace("num_classes: 4", "num_classes: 5"))
-    assert main(["study", str(path), "--out", str(out)]) == 2
+    assert text.count("\n") == 5 and str(out.parent) not in text
+    other = tmp_path / "study.yaml"
+    other.write_text(SMALLEST.replace("num_classes: 4", "num_classes: 5"))
+    assert main(["study", str(other), "--out", str(out)]) == 2
     assert "pretrain:" in capsys.readouterr().err
     assert main(["study", str(tmp_path / "none.yaml")]) == 2
     assert main(["status", str(out)]) == 0 and json.loads((out / "study.json").read_text())["name"] == "smallest"
+
+
+def test_a_study_killed_at_random_ends_with_the_same_records(study, tmp_path):
+    path, undisturbed = study
+    kill_study.kill_at_random(path, tmp_path / "killed", kills=2, longest=40, seed=1)
+    kill_study.finish(path, tmp_path / "killed")
+    expected = kill_study.records(undisturbed)
+    assert len(expected) == 8 and not kill_study.differences(expected, kill_study.records(tmp_path / "killed"))

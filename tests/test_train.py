@@ -1,6 +1,7 @@
 """The loop: records, resume to the last digit, fine-tuning hand-over, refusals that write nothing."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -12,10 +13,10 @@ import jax
 import numpy as np
 import pytest
 
-from nfnet_lib import flops, models
+from nfnet_lib import flops, models, tuning
 from nfnet_lib.checkpoint import CheckpointError, Checkpoints
 from nfnet_lib.config import ConfigError, FinetuneConfig, PretrainConfig
-from nfnet_lib.train import Stopped, load_params, main, run
+from nfnet_lib.train import NonFiniteLoss, Stopped, load_params, main, run
 from nfnet_lib.variants import get_variant
 
 TINY = {
@@ -198,10 +199,17 @@ def test_the_command_exits_2_with_one_line(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run(cache, tmp_path):
-    from nfnet_lib.train import NonFiniteLoss
-
-    config = PretrainConfig(**{**TINY, "peak_lr": 1000.0, "agc_clip": 1e6, "warmup_fraction": 0.0, "epoch_budget": 8.0})
+def test_rates_that_diverge_lose_the_search_and_are_not_tried_again(cache, tmp_path):
+    config = PretrainConfig(**{**TINY, "agc_clip": 1e6, "warmup_fraction": 0.0, "epoch_budget": 8.0})
+    (tmp_path / ".cache").symlink_to(cache)
+    tuned = tuning.tune(config, [0.05, 1000.0], tmp_path, progress=False)
+    assert math.isfinite(tuned.losses[0.05]) and tuned.losses[1000.0] == math.inf
+    assert tuned.summary["config"]["peak_lr"] == 0.05 and len(tuned.metrics) == 2
+    lost = tmp_path / tuning.at_lr(config, 1000.0).run_id
+    assert "at step" in json.loads((lost / "failure.json").read_text())["error"] and not (lost / "summary.json").exists()
+    assert tuning.tuned_already(config, [0.05, 1000.0], tmp_path) == tuned.summary
+    assert tuning.tuned_already(config, [0.025, 0.05, 1000.0], tmp_path) is None
     with pytest.raises(NonFiniteLoss, match="at step"):
-        run(config, tmp_path / "run", cache_dir=cache, progress=False)
-    assert not (tmp_path / "run" / "summary.json").exists()
+        tuning.tune(tuning.at_lr(config, 2000.0), [], tmp_path, progress=False)
+    with pytest.raises(ConfigError, match=r"peak_lr: 0\.05 is not in lr_grid"):
+        tuning.tune(config, [0.1], tmp_path)
