@@ -51,6 +51,13 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _publish(arguments: argparse.Namespace) -> int:
+    from nfnet_lib.report import publish
+
+    print(publish(arguments.dir))
+    return 0
+
+
 def _data_show(arguments: argparse.Namespace) -> int:
     import cv2
     import numpy as np
@@ -90,6 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("dir", type=Path, help="study folder")
     sub = command("report", _report, "Build the report of a study again.", "nfnet report outputs/laptop")
     sub.add_argument("dir", type=Path, help="study folder")
+    sub = command("publish", _publish, "Copy a study's results, figures and report to outputs/published, to be committed.",
+                  "nfnet publish outputs/laptop")  # fmt: skip
+    sub.add_argument("dir", type=Path, help="study folder, made from one clean commit")
     data = commands.add_parser("data", help="Look at data sets.", epilog="example: nfnet data show fractals")
     data_commands = data.add_subparsers(dest="data_command", required=True)
     sub = data_commands.add_parser("show", help="Write a contact sheet.", epilog="example: nfnet data show digits")

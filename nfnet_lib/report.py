@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nfnet_lib import PROJECT, paper
-from nfnet_lib.records import FAILURE, collect
+from nfnet_lib.records import FAILURE, RecordError, collect, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -204,6 +204,37 @@ def build_report(study_dir: str | Path) -> Path:
             target.rename(old)
         site.rename(target)
     return target / "index.html"
+
+
+def publish(study_dir: str | Path, target: Path = PUBLISHED) -> Path:
+    """Replace `target` by a finished study's results.csv, study.json, figures, report and provenance.json.
+
+    RecordError unless all its runs were made from one commit without local changes, and its report is there.
+    """
+    study_dir = Path(study_dir)
+    records = collect(study_dir)
+    commits = sorted({str(commit) for commit in records["git_commit"]})
+    if len(commits) != 1 or commits == ["None"] or records["git_dirty"].any():
+        raise RecordError(f"{study_dir}: only runs from one clean commit are published; found {', '.join(commits)}"
+                          + (", with local changes" if records["git_dirty"].any() else ""))  # fmt: skip
+    parts = ("results.csv", "study.json", "figures", "report")
+    if missing := [name for name in parts if not (study_dir / name).exists()]:
+        raise RecordError(f"{study_dir}: lacks {', '.join(missing)}; run the study to its end first")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".publish-") as temporary:
+        fresh = Path(temporary) / "fresh"
+        fresh.mkdir()
+        for name in parts:
+            source = study_dir / name
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, fresh / name)
+        write_json(fresh / "provenance.json", {
+            "git_commit": commits[0], "runs": len(records), "device_kind": sorted(set(records["device_kind"])),
+            "first_run_started_at": records["started_at"].min(), "last_run_finished_at": records["finished_at"].max(),
+        })  # fmt: skip
+        if target.exists():
+            target.rename(Path(temporary) / "old")
+        fresh.rename(target)
+    return target
 
 
 def _copy_pages(study_dir: Path, source: Path) -> list[str]:

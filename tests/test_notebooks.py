@@ -6,11 +6,12 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from synthetic import finetune_summaries, pretrain_summaries, write_runs
+from synthetic import finetune_summaries, pretrain_summaries, summary, write_runs
 
 from nfnet_lib.cell import execute
 from nfnet_lib.config import FinetuneConfig, PretrainConfig
-from nfnet_lib.report import build_report, clean_notebook
+from nfnet_lib.records import RecordError, write_json
+from nfnet_lib.report import build_report, clean_notebook, publish
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
@@ -87,3 +88,26 @@ def test_cleaning_cuts_paths():
     notebook = {"metadata": {"papermill": {"input_path": "x"}}, "cells": [cell]}
     cleaned = clean_notebook(notebook, (Path("/a/b"),))
     assert json.dumps(cleaned) == '{"metadata": {}, "cells": [{"metadata": {}, "source": "c.py"}]}'
+
+
+def test_only_a_whole_study_of_one_clean_commit_is_published(tmp_path):
+    folder, target = tmp_path / "study", tmp_path / "published"
+    write_runs(folder, [summary("a", git_commit="1" * 40), summary("b", git_commit="2" * 40)])
+    with pytest.raises(RecordError, match="one clean commit"):
+        publish(folder, target)
+    write_json(folder / "b" / "summary.json", summary("b", git_commit="1" * 40, git_dirty=True))
+    with pytest.raises(RecordError, match="local changes"):
+        publish(folder, target)
+    write_json(folder / "b" / "summary.json", summary("b", git_commit="1" * 40))
+    with pytest.raises(RecordError, match=r"lacks results\.csv"):
+        publish(folder, target)
+    assert not target.exists()
+    for name in ("figures", "report"):
+        (folder / name).mkdir()
+    for name in ("results.csv", "study.json", "report/index.html"):
+        (folder / name).write_text(name)
+    for _ in range(2):  # the second time over the first
+        assert publish(folder, target) == target
+    assert (target / "report" / "index.html").read_text() == "report/index.html"
+    assert json.loads((target / "provenance.json").read_text())["git_commit"] == "1" * 40
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["published", "study"]
