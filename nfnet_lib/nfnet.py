@@ -7,8 +7,8 @@ How this differs from the release, none of it in the numbers:
 - Flax NNX defines the modules and nothing else; parameters live in a nested dict outside them (see `models.py`). A module
   only says how each parameter is drawn (`parameter`): `models.Model.init` draws all of them at once.
 - "+" variants: the first stage's bottleneck is as published (192 channels), the released code's (128) is a setting.
-- On CPU the convolutions of the blocks are computed as matrix products: XLA's CPU backend runs the gradients of its own
-  convolution many times slower where that is grouped or inside a scan. Same parameters, same results to rounding.
+- On CPU convolutions are computed as matrix products: XLA's CPU backend runs the gradients of its own convolution many
+  times slower where that is grouped or inside a loop, as SAM's two passes are. Same parameters, same results to rounding.
 - Weight standardisation and the head run in float32 whatever the activations' type.
 - Squeeze-excite uses ReLU as the code does, not GELU as the paper's text says; stochastic depth does not rescale by
   the keep rate, as in the code (the residual branch's gain is learned).
@@ -49,14 +49,13 @@ def _column_sums(x: Float[Array, "I O"]) -> Float[Array, " O"]:
 
 
 def convolve(
-    x: Float[Array, "B H W I"], w: Float[Array, "KH KW IG O"], stride: int, groups: int, in_scan: bool = False
+    x: Float[Array, "B H W I"], w: Float[Array, "KH KW IG O"], stride: int, groups: int
 ) -> Float[Array, "B H2 W2 O"]:
-    """SAME convolution, NHWC by HWIO; on CPU as matrix products where that is faster (see the module's head)."""
+    """SAME convolution, NHWC by HWIO; on CPU as a matrix product (see the module's head)."""
     if jax.default_backend() == "cpu":
         if w.shape[:2] == (1, 1) and stride == 1:
             return x @ w[0, 0]
-        if groups > 1 or in_scan:
-            return grouped_matmul_convolve(x, w, stride, groups)
+        return grouped_matmul_convolve(x, w, stride, groups)
     return jax.lax.conv_general_dilated(
         x, w, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups
     )
@@ -107,18 +106,16 @@ def parameter(shape: tuple[int, ...], *, std: float = 0.0, mean: float = 0.0) ->
 class ScaledWSConv(nnx.Module):
     """Convolution with scaled weight standardisation, a gain and a bias for each output channel; SAME padding."""
 
-    def __init__(
-        self, inputs: int, outputs: int, kernel: int, *, stride: int = 1, groups: int = 1, in_scan: bool = False
-    ):
+    def __init__(self, inputs: int, outputs: int, kernel: int, *, stride: int = 1, groups: int = 1):
         shape = (kernel, kernel, inputs // groups, outputs)
         self.w = parameter(shape, std=math.prod(shape[:-1]) ** -0.5)
         self.gain = parameter((outputs,), mean=1.0)
         self.bias = parameter((outputs,))
-        self.stride, self.groups, self.in_scan = stride, groups, in_scan
+        self.stride, self.groups = stride, groups
 
     def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B H2 W2 O"]:
         w = standardise_weight(self.w[...], self.gain[...]).astype(x.dtype)
-        return convolve(x, w, self.stride, self.groups, self.in_scan) + self.bias[...].astype(x.dtype)
+        return convolve(x, w, self.stride, self.groups) + self.bias[...].astype(x.dtype)
 
 
 class Linear(nnx.Module):
@@ -153,8 +150,8 @@ class Block(nnx.Module):
 
     def __init__(self, inputs: int, outputs: int, bottleneck: int, *, groups: int, stride: int, transition: bool):
         self.conv0 = ScaledWSConv(inputs, bottleneck, 1)
-        self.conv1 = ScaledWSConv(bottleneck, bottleneck, 3, stride=stride, groups=groups, in_scan=True)
-        self.conv1b = ScaledWSConv(bottleneck, bottleneck, 3, groups=groups, in_scan=True)
+        self.conv1 = ScaledWSConv(bottleneck, bottleneck, 3, stride=stride, groups=groups)
+        self.conv1b = ScaledWSConv(bottleneck, bottleneck, 3, groups=groups)
         self.conv2 = ScaledWSConv(bottleneck, outputs, 1)
         if transition:
             self.conv_shortcut = ScaledWSConv(inputs, outputs, 1)
