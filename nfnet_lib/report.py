@@ -197,6 +197,9 @@ def build_report(study_dir: str | Path) -> Path:
             raise RuntimeError(f"report of {study_dir.name}: {done.stderr.strip()[-2000:]}")
         shutil.rmtree(site / "_sources", ignore_errors=True)
         shutil.rmtree(site / ".doctrees", ignore_errors=True)
+        shutil.rmtree(site / "_static" / "locales", ignore_errors=True)
+        for path in site.rglob("*.map"):  # for debugging the theme's scripts: a third of the site
+            path.unlink()
         for page in site.rglob("*.html"):
             page.write_text(_describe_images(page.read_text()))
         target, old = study_dir / "report", Path(temporary) / "old"
