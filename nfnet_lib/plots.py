@@ -172,7 +172,7 @@ def _fill_legend(axes: Axes, repeated) -> None:
             axes.plot([], [], linestyle="", marker="o", markersize=8, markerfacecolor=fill, markeredgecolor=_INK,
                       markeredgewidth=1.6, label=text)  # fmt: skip
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="lower left")
+        axes.legend(loc="best")
 
 
 def _draw_published(axes: Axes, points: "pd.DataFrame") -> None:
