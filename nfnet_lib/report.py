@@ -126,7 +126,7 @@ def comparison(records: "pd.DataFrame") -> "pd.DataFrame":
         ("held-out loss against compute", "a straight line on log-log axes (Figure 2)",
          f"exponent {result.law.exponent:.3f}, R^2 {result.law.r_squared:.3f} over {result.decades:.1f} decades"),
         ("best learning rates", "0.4 to 1.6 (Figure 3)", f"{cells['best_lr'].min():g} to {cells['best_lr'].max():g}"),
-        ("best fine-tuned top-1 error", "9.6%, ImageNet, F7+ with repeated augmentation (text)",
+        ("best fine-tuned top-1 error", "9.6%, ImageNet, F7+ with RA (text)",
          f"{tuned['top1_error_percent'].min():.2f}%, handwritten digits" if len(tuned) else "none run"),
     ]  # fmt: skip
     assert most >= 110e3
@@ -260,14 +260,15 @@ def _copy_runs(study_dir: Path, source: Path) -> dict[str, str]:
         tuned = records[records["kind"] == "finetune"]
         winners = records.sort_values("heldout_loss").groupby(["kind", "variant", "epoch_budget"]).head(1)
         wanted = set(tuned["run_id"]) | set(winners["run_id"])
-    made = {}
-    for row in records[records["run_id"].isin(wanted)].to_dict("records"):
+    notebooks = {}
+    for row in records.to_dict("records"):
         for name in (row["run_id"], row.get("cell_id")):  # a run's own notebook, or that of the search it belongs to
             if name and (study_dir / name / "run.ipynb").exists():
-                made[row["run_id"]] = name
-    for name in set(made.values()):
+                notebooks[row["run_id"]] = name
+    made = {name for run_id, name in notebooks.items() if run_id in wanted}
+    for name in made:
         _write_clean(study_dir / name / "run.ipynb", source / "runs" / f"{name}.ipynb", study_dir, title=name)
-    return made
+    return {run_id: name for run_id, name in notebooks.items() if name in made}
 
 
 def _write_clean(path: Path, target: Path, study_dir: Path, title: str | None = None) -> None:
