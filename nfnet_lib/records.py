@@ -235,6 +235,7 @@ def _flat_row(run_dir: Path, root: Path) -> dict:
     """One row of `collect`: config keys without a prefix, other nested keys joined by a dot, lists as JSON text."""
     summary = read_summary(run_dir)
     config = summary.pop("config")
+    summary.pop("params_digests", None)  # hundreds of columns that no table needs
     row = dict(_flatten(summary))
     for key, value in _flatten(config):
         if key in row and row[key] != value:
@@ -257,10 +258,10 @@ def collect(path: str | os.PathLike, damaged: str = "raise") -> "pd.DataFrame":
     Columns: first run_id, kind ("pretrain" or "finetune"), variant, epoch_budget (passes over the data), peak_lr, seed,
     heldout_loss (nats an image), heldout_top1 and heldout_top5 (fractions), train_loss, train_flops
     (6 * forward_macs * images_seen; SAM doubles), tpu_v4_core_hours (by formula); then every other key of the summary
-    (steps, images_seen, examples_drawn, num_params, forward_macs, seconds, core_hours, versions.*, ...) and of its
-    config (batch_size, augmult, pretrained_run, ...; flattened without prefix) in alphabetic order; last `path`, the
-    run folder relative to the argument. Counts are int64 (Int64 where some runs lack them), measures float64. Rows
-    are sorted by kind, variant, epoch_budget, peak_lr, run_id.
+    (steps, images_seen, examples_drawn, num_params, forward_macs, seconds, core_hours, versions.*, ...; not the digests
+    of the parameters) and of its config (batch_size, augmult, pretrained_run, ...; flattened without prefix) in
+    alphabetic order; last `path`, the run folder relative to the argument. Counts are int64 (Int64 where some runs lack
+    them), measures float64. Rows are sorted by kind, variant, epoch_budget, peak_lr, run_id.
 
     Unfinished and failed runs are left out: see `status_table`. A summary.json that is there but damaged, of another
     schema or contradictory is an error (RecordError naming the file); with damaged="skip" it is left out and named in
