@@ -5,6 +5,7 @@
 PYTHON ?= python3
 EXTRAS ?= dev,report
 STUDY  ?= params/laptop/study.yaml
+PARITY ?= 1
 UPGRADE ?=
 ARGS   ?=
 
@@ -37,7 +38,7 @@ help: ## list the targets
 reproduce: $(STAMP) ## run the laptop study and write its report; prints the report's path at the end
 	$(BIN)/nfnet study $(STUDY) $(ARGS)
 
-test: lint ## lint, then run every test
+test: lint $(if $(filter-out 0,$(PARITY)),$(VENV)/.parity) ## lint, then run every test (PARITY=0: without PyTorch and timm)
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(STAMP) ## check the code with ruff
@@ -71,6 +72,12 @@ $(VENV)/.created:
 		echo "error: PYTHON=$(PYTHON) is not Python 3.11 or newer; name one that is: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(PIP_INSTALL) uv || echo "uv can't be installed here: pip does the work, more slowly" >&2
+	@touch $@
+
+# timm and PyTorch, with which the models are compared. By pip, which a machine's settings point at PyTorch's CPU build.
+$(VENV)/.parity: constraints.txt | $(STAMP)
+	@echo "installing PyTorch and timm into $(VENV) (make test PARITY=0 does without)"
+	@$(PIP_INSTALL) -e '.[parity]'
 	@touch $@
 
 # Where Python may not write bytecode later, compile it now: a study starts many interpreters (9 s of imports, or 4).

@@ -16,7 +16,7 @@ Path = tuple[str, ...]
 
 def is_stacked(path: Path) -> bool:
     """Whether the parameter at `path` of this library's models has a leading axis of blocks."""
-    return "rest" in path
+    return "rest" in path or "blocks" in path
 
 
 def is_head_weight(path: Path) -> bool:
@@ -54,9 +54,7 @@ def adaptive_gradient_clip(
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def _clip(
-    grad: Float[Array, "*unit"], param: Float[Array, "*unit"], clip: float, eps: float
-) -> Float[Array, "*unit"]:
+def _clip(grad: Float[Array, "*unit"], param: Float[Array, "*unit"], clip: float, eps: float) -> Float[Array, "*unit"]:
     axes = tuple(range(grad.ndim - 1)) if grad.ndim >= 2 else tuple(range(grad.ndim))
 
     def norm(x):

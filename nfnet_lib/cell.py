@@ -36,7 +36,12 @@ class CellFailed(RuntimeError):
 
 
 def execute(
-    notebook: Path, output: Path, parameters: dict[str, Any], *, core: int | None = None, timeout: float | int | None = None
+    notebook: Path,
+    output: Path,
+    parameters: dict[str, Any],
+    *,
+    core: int | None = None,
+    timeout: float | int | None = None,
 ) -> None:
     """Execute `notebook` with `parameters` into `output`, which appears only if every cell ran; CellFailed otherwise.
 

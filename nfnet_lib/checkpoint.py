@@ -68,7 +68,9 @@ class Checkpoints:
                 warnings.warn(f"checkpoint {step} in {self.folder.parent.name} is damaged, trying the one before: "
                               f"{_first_line(error)}", stacklevel=2)  # fmt: skip
         if steps:
-            raise CheckpointError(f"no sound checkpoint among steps {steps} in {self.folder}; remove them to start again")
+            raise CheckpointError(
+                f"no sound checkpoint among steps {steps} in {self.folder}; remove them to start again"
+            )
         return None
 
     def _verified(self, step: int, template: PyTree) -> tuple[PyTree, dict[str, Any]]:

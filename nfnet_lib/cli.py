@@ -79,6 +79,18 @@ def _data_show(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _predict(arguments: argparse.Namespace) -> int:
+    from nfnet_lib.predict import predict
+
+    table = predict(
+        arguments.image, arguments.weights, arguments.labels, resolution=arguments.resolution, top=arguments.top
+    )
+    if not arguments.labels:
+        table = table.drop(columns="label")
+    print(table.to_string(index=False, float_format="{:.4f}".format))
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="nfnet", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -100,6 +112,14 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("publish", _publish, "Copy a study's results, figures and report to outputs/published, to be committed.",
                   "nfnet publish outputs/laptop")  # fmt: skip
     sub.add_argument("dir", type=Path, help="study folder, made from one clean commit")
+    sub = command("predict", _predict, "Name what a picture shows.",
+                  "nfnet predict photo.jpg --weights F0_haiku.npz --labels imagenet_classes.txt")  # fmt: skip
+    sub.add_argument("image", type=Path, help="picture (JPEG, PNG, ...)")
+    sub.add_argument("--weights", type=Path, required=True,
+                     help="released Haiku file, timm file, big_vision .npz, or the folder of a finished run")  # fmt: skip
+    sub.add_argument("--labels", type=Path, help="class names: one a line, or JSON")
+    sub.add_argument("--resolution", type=int, help="in pixels; default: that at which the variant is tested")
+    sub.add_argument("--top", type=int, default=5, help="classes to print (default: 5)")
     data = commands.add_parser("data", help="Look at data sets.", epilog="example: nfnet data show fractals")
     data_commands = data.add_subparsers(dest="data_command", required=True)
     sub = data_commands.add_parser("show", help="Write a contact sheet.", epilog="example: nfnet data show digits")

@@ -5,6 +5,7 @@ Derived counts (steps, warm-up) are computed and checked here as well.
 """
 
 import ast
+import dataclasses
 import difflib
 import hashlib
 import json
@@ -14,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from nfnet_lib.variants import get_variant
+from nfnet_lib.variants import Variant, ViTVariant, get_variant
 
 
 class ConfigError(ValueError):
@@ -28,6 +29,8 @@ class RunConfig(BaseModel):
 
     variant: str = Field("F0-mini", description="architecture, see variants.VARIANTS")
     bottleneck_rule: Literal["published", "released"] = Field("published", description='first stage of "+" models')
+    pool: Literal["", "gap", "map", "tok"] = Field("", description="of a ViT; empty: as published for the variant")
+    position: Literal["learned", "sincos2d"] = Field("learned", description="position embedding of a ViT")
     dataset: str = Field("fractals", description="fractals | digits | tfds:NAME")
     data_dir: str = Field("", description="folder of prepared TFDS data; empty: TFDS's default")
     num_classes: int = Field(64, ge=2, le=100_000, description="classes of fractals; other sources state their own")
@@ -45,9 +48,14 @@ class RunConfig(BaseModel):
     eval_resolution: int = Field(40, ge=8, le=4096, description="evaluation image side in pixels")
     eval_margin: int = Field(-1, ge=-1, description="evaluation resizes by this beyond its crop; -1: 32, or an eighth")
     peak_lr: float = Field(0.1, gt=0, le=1000, description="learning rate after warm-up")
-    warmup_fraction: float = Field(0.05, ge=0, lt=1, description="share of the steps with linear warm-up, if under 5,000")
-    momentum: float = Field(0.9, ge=0, lt=1, description="Nesterov momentum")
-    weight_decay: float = Field(1e-6, ge=0, le=1, description="coupled; not on gains and biases")
+    warmup_fraction: float = Field(
+        0.05, ge=0, lt=1, description="share of the steps with linear warm-up, if under 5,000"
+    )
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="sgd: Nesterov momentum with AGC; adamw: for ViTs")
+    momentum: float = Field(0.9, ge=0, lt=1, description="Nesterov momentum; of adamw, b1")
+    adam_b2: float = Field(0.999, ge=0, lt=1, description="of adamw: decay of the second moment")
+    grad_clip: float = Field(1.0, gt=0, le=1e6, description="of adamw: largest global norm of a gradient")
+    weight_decay: float = Field(1e-6, ge=0, le=1, description="not on gains and biases; sgd: coupled")
     agc_clip: float = Field(0.01, gt=0, le=1e6, description="adaptive gradient clipping, ratio of norms")
     agc_eps: float = Field(1e-3, gt=0, description="smallest parameter norm that clipping assumes")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the training loss; evaluation has none")
@@ -101,8 +109,8 @@ class RunConfig(BaseModel):
         for name in ("resolution", "eval_resolution"):
             if getattr(self, name) % variant.resolution_multiple:
                 raise ValueError(
-                    f"{name}: {getattr(self, name)} is not a multiple of {variant.resolution_multiple}, which the strides"
-                    f" of {variant.name} need; nearest: {_nearest(getattr(self, name), variant.resolution_multiple)}"
+                    f"{name}: {getattr(self, name)} is not a multiple of {variant.resolution_multiple}, which"
+                    f" {variant.name} needs; nearest: {_nearest(getattr(self, name), variant.resolution_multiple)}"
                 )
         if self.batch_size > self.examples_per_epoch:
             raise ValueError(
@@ -121,6 +129,21 @@ class RunConfig(BaseModel):
                 + " or ".join(f"{b:g}" for b in (below, above) if b > 0)
             )
         return self
+
+    @property
+    def architecture(self) -> Variant | ViTVariant:
+        """The variant, with a ViT's pool and position as set here."""
+        variant = get_variant(self.variant)
+        if isinstance(variant, ViTVariant):
+            return dataclasses.replace(variant, pool=self.pool or variant.pool, position=self.position)
+        return variant
+
+    @property
+    def model_settings(self) -> dict[str, Any]:
+        """What `models.create` must be told for weights of this run to fit."""
+        if isinstance(variant := self.architecture, ViTVariant):
+            return {"pool": variant.pool, "position": variant.position, "image_size": self.resolution}
+        return {"bottleneck_rule": self.bottleneck_rule}
 
     @property
     def steps(self) -> int:

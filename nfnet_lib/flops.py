@@ -1,20 +1,24 @@
 """Parameters and multiply-accumulates (MACs) by group, and the training FLOPs that follow.
 
-Conventions: a MAC is one multiply and one add (2 FLOPs); only convolutions and dense layers count, padding included;
-published NFNet "FLOPs" are MACs at the test resolution. Training costs 3 forward passes (backward = 2 forward), so
-6 FLOPs a MAC and image; SAM takes two gradients of the whole batch and doubles that.
+Conventions: a MAC is one multiply and one add (2 FLOPs); only convolutions, dense layers and attention's products count,
+padding included; published NFNet "FLOPs" are MACs at the test resolution, published ViT "GFLOPs" are twice the MACs.
+Training costs 3 forward passes (backward = 2 forward), so 6 FLOPs a MAC and image; SAM takes two gradients of the whole
+batch and doubles that.
 """
 
-from nfnet_lib.variants import STAGE_STRIDES, STEM_CHANNELS, Variant
+from nfnet_lib.variants import STAGE_STRIDES, STEM_CHANNELS, Variant, ViTVariant
 
 
 def count(
-    variant: Variant, resolution: int, num_classes: int = 1000, bottleneck_rule: str = "published"
+    variant: Variant | ViTVariant, resolution: int, num_classes: int = 1000, bottleneck_rule: str = "published"
 ) -> dict[str, dict[str, int]]:
     """{"params": {group: n}, "macs": {group: n}} of one image of resolution x resolution pixels.
 
-    Groups: stem, stage0 to stage3, final_conv, head. Their sums are the model's totals.
+    Groups: stem, stage0 to stage3, final_conv, head; of a ViT (with learned positions for this resolution) embedding,
+    positions, attention, mlp, norms, pool, head. Their sums are the model's totals.
     """
+    if isinstance(variant, ViTVariant):
+        return _count_vit(variant, resolution, num_classes)
     params: dict[str, int] = {}
     macs: dict[str, int] = {}
 
@@ -51,14 +55,40 @@ def count(
     return {"params": params, "macs": macs}
 
 
-def forward_macs(variant: Variant, resolution: int, num_classes: int, bottleneck_rule: str = "published") -> int:
+def _count_vit(variant: ViTVariant, resolution: int, num_classes: int) -> dict[str, dict[str, int]]:
+    width, depth, mlp = variant.width, variant.depth, variant.mlp
+    tokens, patch = (resolution // variant.patch) ** 2, 3 * variant.patch**2
+    one_attention, one_mlp = 4 * width * (width + 1), 2 * width * mlp + mlp + width
+    pools, learned = variant.pool == "map", variant.position == "learned"
+    return {
+        "params": {
+            "embedding": (patch + 1) * width, "positions": learned * tokens * width, "attention": depth * one_attention,
+            "mlp": depth * one_mlp, "norms": (2 * depth + 1) * 2 * width,
+            "pool": pools * (width + one_attention + 2 * width + one_mlp) + (variant.pool == "tok") * width,
+            "head": (width + 1) * num_classes,
+        },
+        "macs": {
+            "embedding": tokens * patch * width, "positions": 0,
+            "attention": depth * (4 * tokens * width**2 + 2 * tokens**2 * width),
+            "mlp": depth * 2 * tokens * width * mlp, "norms": 0,
+            "pool": pools * (2 * (tokens + 1) * width**2 + 2 * tokens * width + 2 * width * mlp),
+            "head": width * num_classes,
+        },
+    }  # fmt: skip
+
+
+def forward_macs(
+    variant: Variant | ViTVariant, resolution: int, num_classes: int, bottleneck_rule: str = "published"
+) -> int:
     """MACs of one image's forward pass."""
     return sum(count(variant, resolution, num_classes, bottleneck_rule)["macs"].values())
 
 
-def num_params(variant: Variant, num_classes: int, bottleneck_rule: str = "published") -> int:
-    """Number of parameters."""
-    return sum(count(variant, 32, num_classes, bottleneck_rule)["params"].values())
+def num_params(
+    variant: Variant | ViTVariant, num_classes: int, bottleneck_rule: str = "published", resolution: int | None = None
+) -> int:
+    """Number of parameters; a ViT's positions are those of `resolution`, by default its training resolution."""
+    return sum(count(variant, resolution or variant.train_px, num_classes, bottleneck_rule)["params"].values())
 
 
 def train_flops(macs: int, images_seen: int, rho: float = 0.0) -> float:
@@ -74,15 +104,14 @@ def describe(config):
     import pandas as pd
 
     from nfnet_lib.paper import tpu_v4_core_hours
-    from nfnet_lib.variants import get_variant
 
-    variant = get_variant(config.variant)
+    variant = config.architecture
     macs = forward_macs(variant, config.resolution, config.num_classes, config.bottleneck_rule)
     views = config.steps * config.batch_size
     total = train_flops(macs, views, config.rho)
     rows = {
         "run": config.run_id,
-        "parameters": f"{num_params(variant, config.num_classes, config.bottleneck_rule):,}",
+        "parameters": f"{num_params(variant, config.num_classes, config.bottleneck_rule, config.resolution):,}",
         f"MACs of one image, {config.resolution} px": f"{macs:,}",
         "steps": f"{config.steps:,} ({config.warmup_steps:,} of warm-up)",
         "views seen": f"{views:,} of {config.steps * config.unique_per_step:,} draws",
@@ -93,7 +122,10 @@ def describe(config):
 
 
 def published_table():
-    """Every full variant: our counts (1,000 classes) beside the published ones, in millions and billions."""
+    """Every full variant: our counts beside the published ones, parameters in millions, MACs in billions at the test px.
+
+    With 1,000 classes; ViTs' parameters without the head, as they are published.
+    """
     import pandas as pd
 
     from nfnet_lib.variants import VARIANTS
@@ -102,10 +134,12 @@ def published_table():
     for name, variant in VARIANTS.items():
         if not name.endswith("-mini"):
             params, macs = num_params(variant, 1000), forward_macs(variant, variant.test_px, 1000)
+            if isinstance(variant, ViTVariant):
+                params -= count(variant, variant.train_px)["params"]["head"]
             published = (variant.published_params, variant.published_macs)
             rows.append(
                 {
-                    "variant": name, "width": variant.width, "depth": variant.depth,
+                    "variant": name, "family": variant.family, "width": variant.width, "depth": variant.depth,
                     "train/test px": f"{variant.train_px}/{variant.test_px}", "parameters (M)": round(params / 1e6, 1),
                     "published (M)": published[0] and published[0] / 1e6, "GMACs at test px": round(macs / 1e9, 2),
                     "published (G)": published[1] and published[1] / 1e9,
@@ -115,14 +149,17 @@ def published_table():
 
 
 def published_agreement(table) -> str:
-    """How far `published_table` is from the published figures, in one sentence."""
-    known = table.dropna(subset=["published (M)", "published (G)"])
-    params = (known["parameters (M)"] / known["published (M)"] - 1).abs().max()
-    macs = (known["GMACs at test px"] / known["published (G)"] - 1).abs().max()
-    return (
-        f"{len(known)} of {len(table)} variants have published counts; the largest relative difference is "
-        f"{params:.2%} in parameters and {macs:.2%} in MACs (the published figures are rounded)."
-    )
+    """How far `published_table` is from the published figures, a sentence for each family."""
+    sentences = []
+    for family, rows in table.groupby("family", sort=False):
+        known = rows.dropna(subset=["published (M)", "published (G)"])
+        params = (known["parameters (M)"] / known["published (M)"] - 1).abs().max()
+        macs = (known["GMACs at test px"] / known["published (G)"] - 1).abs().max()
+        sentences.append(
+            f"{len(known)} of {len(rows)} {family}s have published counts; the largest relative difference is "
+            f"{params:.2%} in parameters and {macs:.2%} in MACs (the published figures are rounded)."
+        )
+    return " ".join(sentences)
 
 
 def group_table(names: list[str], num_classes: int = 1000):

@@ -57,8 +57,12 @@ class FractalGenerator:
         if not 8 <= image_size <= 512:
             raise ValueError(f"image_size={image_size}: expected 8 to 512 pixels")
         self._ready = np.zeros(num_classes, bool)
-        self._maps = np.zeros((num_classes, MAX_MAPS, 6), np.float64)  # a b c d e f: (x, y) -> (ax + by + e, cx + dy + f)
-        self._table = np.zeros((num_classes, 256), np.uint8)  # random byte -> map, so probabilities are multiples of 1/256
+        self._maps = np.zeros(
+            (num_classes, MAX_MAPS, 6), np.float64
+        )  # a b c d e f: (x, y) -> (ax + by + e, cx + dy + f)
+        self._table = np.zeros(
+            (num_classes, 256), np.uint8
+        )  # random byte -> map, so probabilities are multiples of 1/256
         self._counts = np.zeros(num_classes, np.int64)
 
     def render(self, classes: Int[np.ndarray, " n"], instances: Int[np.ndarray, " n"]) -> UInt8[np.ndarray, "n H W 3"]:
@@ -200,9 +204,7 @@ def _chaos_game(
     return tuple(drawn.reshape(3, batch, -1))
 
 
-def _pose(
-    maps: Float[np.ndarray, "n M 6"], u: Float[np.ndarray, "n k"], size: int
-) -> Float[np.ndarray, "n M 6"]:
+def _pose(maps: Float[np.ndarray, "n M 6"], u: Float[np.ndarray, "n k"], size: int) -> Float[np.ndarray, "n M 6"]:
     """The systems in pixel coordinates of one canvas each: rotated, mirrored, zoomed and shifted at random."""
     turn = (u[:, 0] - np.float32(0.5)) * np.float32(MAX_TURN)
     cos, sin = _turn(turn - np.floor(turn))

@@ -10,7 +10,16 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from nfnet_lib.nfnet import NFNet
-from nfnet_lib.variants import Variant, get_variant
+from nfnet_lib.variants import (
+    BOTTLENECK_RULES,
+    POOLS,
+    POSITIONS,
+    LoadedVariant,
+    Variant,
+    ViTVariant,
+    get_variant,
+)
+from nfnet_lib.vit import ViT
 
 Params = dict[str, Any]
 
@@ -22,7 +31,7 @@ class Model:
     variant: its architecture as data. num_classes: outputs of the head. settings: the overrides it was created with.
     """
 
-    variant: Variant
+    variant: Variant | ViTVariant
     num_classes: int
     settings: dict[str, Any]
     _graphdef: Any
@@ -61,26 +70,46 @@ class Model:
         return nnx.to_pure_dict(self._state)
 
 
-def create(name: str, num_classes: int = 1000, **settings: Any) -> Model:
-    """The model called `name` (see variants.VARIANTS).
+_SETTINGS = {
+    "NFNet": ("stochdepth_rate", "drop_rate", "bottleneck_rule", "dtype", "unroll"),
+    "ViT": ("stochdepth_rate", "drop_rate", "image_size", "pool", "position", "dtype", "unroll"),
+}
+_CHOICES = {"bottleneck_rule": BOTTLENECK_RULES, "pool": POOLS, "position": POSITIONS}
 
-    settings: stochdepth_rate, drop_rate (rates in [0, 1), default 0), bottleneck_rule ("published" | "released"),
-    dtype of the activations (default float32), unroll (blocks a scan step). ValueError for an unknown name, setting
-    or a value out of range.
+
+def create(name: str, num_classes: int | None = None, **settings: Any) -> Model:
+    """The model called `name` (see variants.VARIANTS), with 1,000 classes unless said; of loaded weights, with theirs.
+
+    settings: stochdepth_rate, drop_rate (rates in [0, 1), default 0), dtype of the activations (default float32), unroll
+    (blocks a scan step); of NFNets bottleneck_rule ("published" | "released"); of ViTs image_size (pixels, of the learned
+    position grid), pool ("gap" | "map" | "tok", default as published), position ("learned" | "sincos2d"). ValueError for an
+    unknown name, a setting that the family does not have, or a value out of range.
     """
     variant = get_variant(name)
-    known = ("stochdepth_rate", "drop_rate", "bottleneck_rule", "dtype", "unroll")
-    for key in settings:
+    if isinstance(name, LoadedVariant):
+        num_classes = name.num_classes if num_classes is None else num_classes
+        settings = name.settings | settings
+    num_classes = 1000 if num_classes is None else num_classes
+    known = _SETTINGS[variant.family]
+    for key, value in settings.items():
         if key not in known:
-            raise ValueError(f"{key}: not a setting of a model; known: {', '.join(known)}")
+            raise ValueError(f"{key}: not a setting of {variant.family}s; known: {', '.join(known)}")
+        if key in _CHOICES and value not in _CHOICES[key]:
+            raise ValueError(f"{key}: {value!r} is not one of {', '.join(_CHOICES[key])}")
     if num_classes < 1:
         raise ValueError(f"num_classes: {num_classes} is not at least 1")
     for rate in ("stochdepth_rate", "drop_rate"):
         if not 0 <= settings.get(rate, 0) < 1:
             raise ValueError(f"{rate}: {settings[rate]} is not in [0, 1)")
-    variant.bottleneck(0, settings.get("bottleneck_rule", "published"))
+    if settings.get("image_size", variant.train_px) < variant.resolution_multiple:
+        raise ValueError(f"image_size: {settings['image_size']} px is less than a patch of {name}")
+    network, arguments = NFNet, settings
+    if isinstance(variant, ViTVariant):
+        choices = {key: value for key, value in settings.items() if key in ("pool", "position")}
+        network, variant = ViT, dataclasses.replace(variant, **choices)
+        arguments = {key: value for key, value in settings.items() if key not in choices}
 
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: NFNet(variant, num_classes, **settings)))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: network(variant, num_classes, **arguments)))
     return Model(variant, num_classes, settings, graphdef, state)
 
 
@@ -102,7 +131,8 @@ def signal_table(
     side = resolution or model.variant.train_px
     images = jax.random.normal(image_key, (batch_size, side, side, 3))
     signals = jax.jit(lambda p, x: model.apply_with_features(p, x)[1]["signals"])(params, images)
-    stages = [stage for stage, depth in enumerate(model.variant.depth) for _ in range(depth)]
+    depths = model.variant.depth if model.variant.family == "NFNet" else [model.variant.depth]
+    stages = [stage for stage, depth in enumerate(depths) for _ in range(depth)]
     table = pd.DataFrame(jax.device_get(signals), columns=["mean_squared", "variance", "branch_variance"])
     table.insert(0, "stage", stages)
     table.insert(0, "block", range(len(stages)))

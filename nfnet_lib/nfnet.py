@@ -125,7 +125,7 @@ class Linear(nnx.Module):
         self.w = parameter((inputs, outputs), std=inputs**-0.5 if std is None else std)
         self.b = parameter((outputs,))
 
-    def __call__(self, x: Float[Array, "B I"]) -> Float[Array, "B O"]:
+    def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         return x @ self.w[...].astype(x.dtype) + self.b[...].astype(x.dtype)
 
 
@@ -237,15 +237,16 @@ class Stage(nnx.Module):
         return x, jnp.concatenate([signals, rest])
 
 
-def signal_figures(x: Float[Array, "B H W C"], branch_variance: Float[Array, ""]) -> Float[Array, "3"]:
+def signal_figures(x: Float[Array, "... C"], branch_variance: Float[Array, ""]) -> Float[Array, "3"]:
     """[mean over channels of the squared channel mean, mean channel variance, residual branch variance], float32.
 
     The three lines of a signal propagation plot (Brock et al. 2021a, arXiv 2101.08692 section 3). Not computed where
     nobody reads them: XLA removes unused outputs.
     """
     x = x.astype(jnp.float32)
-    mean = jnp.mean(x, axis=(0, 1, 2))
-    return jnp.stack([jnp.mean(mean**2), jnp.mean(jnp.var(x, axis=(0, 1, 2))), branch_variance.astype(jnp.float32)])
+    axes = tuple(range(x.ndim - 1))
+    mean = jnp.mean(x, axis=axes)
+    return jnp.stack([jnp.mean(mean**2), jnp.mean(jnp.var(x, axis=axes)), branch_variance.astype(jnp.float32)])
 
 
 class NFNet(nnx.Module):
@@ -259,10 +260,7 @@ class NFNet(nnx.Module):
         stem_outputs = (*STEM_CHANNELS, variant.width[0] // 2)
         inputs = (3, *stem_outputs)
         self.stem = nnx.Dict(
-            {
-                f"conv{i}": ScaledWSConv(inputs[i], stem_outputs[i], 3, stride=(2, 1, 1, 2)[i])
-                for i in range(4)
-            }
+            {f"conv{i}": ScaledWSConv(inputs[i], stem_outputs[i], 3, stride=(2, 1, 1, 2)[i]) for i in range(4)}
         )
         channels, beta = stem_outputs[-1], 1.0
         for index, (width, depth, stride) in enumerate(zip(variant.width, variant.depth, STAGE_STRIDES, strict=True)):

@@ -1,4 +1,7 @@
-"""The paper's optimizer: adaptive gradient clipping, coupled weight decay, Nesterov momentum; warm-up and cosine; EMA."""
+"""The paper's optimizer: adaptive gradient clipping, coupled weight decay, Nesterov momentum; warm-up and cosine; EMA.
+
+And AdamW, for the Vision Transformers that it is compared with.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,12 +10,10 @@ from jaxtyping import Array, Float, Num, PyTree
 
 from nfnet_lib.agc import adaptive_gradient_clip
 
-NO_DECAY = ("gain", "skip_gain", "bias", "b")
-
 
 def decay_mask(params: PyTree) -> PyTree:
-    """True for the parameters that weight decay acts on: weights, not gains and biases (experiment_nfnets.py)."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: str(path[-1].key) not in NO_DECAY, params)
+    """True for the parameters that weight decay acts on: weights, not gains, biases and positions (experiment_nfnets.py)."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: str(path[-1].key) == "w", params)
 
 
 def make_optimizer(
@@ -36,6 +37,20 @@ def make_optimizer(
     if learning_rate is not None:
         steps.append(optax.scale_by_learning_rate(learning_rate))
     return optax.chain(*steps)
+
+
+def make_adamw(
+    *, b1: float | int = 0.9, b2: float | int = 0.999, weight_decay: float | int = 0.0, grad_clip: float | int = 1.0
+) -> optax.GradientTransformation:
+    """Clip the gradient's global norm to grad_clip, Adam, add weight_decay * weights; times -learning_rate by the caller.
+
+    Weight decay is decoupled from the moments but multiplied by the learning rate (arXiv 1711.05101 as in optax).
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(grad_clip),
+        optax.scale_by_adam(b1=b1, b2=b2),
+        optax.add_decayed_weights(weight_decay, decay_mask),
+    )
 
 
 def warmup_cosine(

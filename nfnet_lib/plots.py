@@ -243,7 +243,9 @@ def learning_curves(metrics_by_run: Mapping[str, "pd.DataFrame"], note: str | No
                 axes.plot(shown["step"], shown[column], **style, marker="o" if len(shown) == 1 else "", label=name)
         if "heldout_loss" in metrics:
             shown = metrics.dropna(subset=["heldout_loss"])
-            upper.plot(shown["step"], shown["heldout_loss"], "o", color=colors[index], mfc="white", label=f"{name}, held out")
+            upper.plot(
+                shown["step"], shown["heldout_loss"], "o", color=colors[index], mfc="white", label=f"{name}, held out"
+            )
     upper.set(ylabel="loss (nats per image)")
     lower.set(xlabel="step", ylabel="learning rate")
     if upper.lines:

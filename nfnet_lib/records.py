@@ -67,6 +67,14 @@ def write_json(path: str | os.PathLike, obj: Any) -> None:
     _replace(Path(path), text)
 
 
+def write_bytes(path: str | os.PathLike, content: bytes, *, overwrite: bool = False) -> None:
+    """Write a file whole or not at all. FileExistsError if it is there and not empty, unless `overwrite`."""
+    path = Path(path)
+    if not overwrite and path.exists() and path.stat().st_size:
+        raise FileExistsError(f"{path} exists; pass overwrite=True to replace it")
+    _replace(path, content)
+
+
 def _to_json(value: Any) -> Any:
     if hasattr(value, "tolist"):  # numpy scalars and arrays
         return value.tolist()
@@ -75,12 +83,12 @@ def _to_json(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is no JSON type")
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write `text` to a temporary file beside `path`, force it to disk, and rename it over `path`."""
+def _replace(path: Path, content: str | bytes) -> None:
+    """Write `content` to a temporary file beside `path`, force it to disk, and rename it over `path`."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         umask = os.umask(0)

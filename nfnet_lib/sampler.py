@@ -111,7 +111,9 @@ class ExactlyOnceSampler:
         Contiguous, so that the global batch has the same row order whatever the number of processes.
         """
         if process_count < 1 or not 0 <= process_index < process_count:
-            raise ValueError(f"process_index={process_index}, process_count={process_count}: expected 0 <= index < count")
+            raise ValueError(
+                f"process_index={process_index}, process_count={process_count}: expected 0 <= index < count"
+            )
         share, rest = divmod(stop - start, process_count)
         if rest:
             raise ValueError(f"{stop - start} examples a step do not divide among {process_count} processes")
@@ -142,7 +144,9 @@ class ExactlyOnceSampler:
         now = ExactlyOnceSampler(num_examples, seed, exclude).state(0, fingerprint)
         missing = sorted(now.keys() - state.keys())
         if missing:
-            raise ValueError(f"sampler state lacks {', '.join(missing)}; it has {', '.join(sorted(state)) or 'nothing'}")
+            raise ValueError(
+                f"sampler state lacks {', '.join(missing)}; it has {', '.join(sorted(state)) or 'nothing'}"
+            )
         wrong = [f"{k}: saved {state[k]!r}, now {now[k]!r}" for k in now if k != "consumed" and state[k] != now[k]]
         if wrong:
             raise ValueError("the saved run drew its examples from other data or in another order; " + "; ".join(wrong))

@@ -5,6 +5,7 @@ one without resumes from its newest sound checkpoint, and ends with the numbers 
 """
 
 import contextlib
+import ctypes
 import datetime
 import fcntl
 import functools
@@ -26,11 +27,12 @@ from nfnet_lib import PROJECT, flops, models, paper
 from nfnet_lib.checkpoint import Checkpoints, leaf_digests
 from nfnet_lib.config import ConfigError, FinetuneConfig, PretrainConfig, RunConfig, config_from_params
 from nfnet_lib.loader import eval_batches, train_batches
-from nfnet_lib.optim import make_optimizer
+from nfnet_lib.optim import make_adamw, make_optimizer
 from nfnet_lib.records import PARAMS, SUMMARY, MetricsWriter, read_metrics, read_summary, write_json
 from nfnet_lib.sampler import ExactlyOnceSampler
 from nfnet_lib.sources import Source, cached, load_source
 from nfnet_lib.step import Schedule, eval_step, init_state, train_step
+from nfnet_lib.vit import resample_positions
 
 STOP = "STOP"  # a file of this name in the run folder asks for one more checkpoint and a clean end
 LOCK_SECONDS = 60
@@ -136,7 +138,10 @@ def _train(config, out_dir, train_source, heldout_source, initial, progress) -> 
     init_key, noise_key = jax.random.split(jax.random.key(config.seed))
     compile_clock = time.perf_counter()
     values = tuple((name, getattr(config, name)) for name in _PROGRAM_PARAMETERS)
-    init, step, eval_function = _programs(values, train_source.num_classes, min(EVAL_BATCH, len(heldout_source)))
+    settings = tuple(config.model_settings.items())
+    init, step, eval_function = _programs(
+        values, settings, train_source.num_classes, min(EVAL_BATCH, len(heldout_source))
+    )
     evaluate = functools.partial(_evaluate, eval_function, config, heldout_source)
     state = init(init_key)
     compile_seconds = time.perf_counter() - compile_clock
@@ -218,11 +223,17 @@ def _train(config, out_dir, train_source, heldout_source, initial, progress) -> 
 
 
 def transfer(pretrained: Any, fresh: Any) -> Any:
-    """`fresh` parameters with the body of `pretrained`; a new head. ConfigError if the bodies differ in shape."""
+    """`fresh` parameters with the body of `pretrained`; a new head. ConfigError if the bodies differ in shape.
+
+    A ViT's learned positions are resampled to the grid of `fresh`.
+    """
     out = dict(fresh)
     for name, module in pretrained.items():
         if name == "head":
             continue
+        if name == "pos_embedding" and name in fresh:
+            side = round(fresh[name].shape[1] ** 0.5)
+            module = resample_positions(jnp.asarray(module), side, side)
         shapes = [jax.tree.map(jnp.shape, tree) for tree in (module, fresh.get(name))]
         if shapes[0] != shapes[1]:
             raise ConfigError(f"pretrained_run: its {name} does not fit the variant")
@@ -232,25 +243,31 @@ def transfer(pretrained: Any, fresh: Any) -> Any:
 
 # What a compiled program depends on; everything else of a config is data to it.
 _PROGRAM_PARAMETERS = (
-    "variant", "bottleneck_rule", "drop_rate", "stochdepth_rate", "dtype", "unroll", "batch_size", "resolution",
-    "eval_resolution", "momentum", "weight_decay", "agc_clip", "agc_eps", "label_smoothing", "rho", "ema_decay",
+    "variant", "drop_rate", "stochdepth_rate", "dtype", "unroll", "batch_size", "resolution", "eval_resolution",
+    "optimizer", "momentum", "adam_b2", "grad_clip", "weight_decay", "agc_clip", "agc_eps", "label_smoothing", "rho",
+    "ema_decay",
 )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1)
-def _programs(values: tuple[tuple[str, Any], ...], num_classes: int, eval_batch: int):
+def _programs(values: tuple, settings: tuple, num_classes: int, eval_batch: int):
     """Compiled init(key), step(state, images, labels, schedule, key) and eval_step, shared by the runs of a search."""
     config = types.SimpleNamespace(**dict(values))
     model = models.create(
         config.variant, num_classes, drop_rate=config.drop_rate, stochdepth_rate=config.stochdepth_rate,
-        bottleneck_rule=config.bottleneck_rule, dtype=jnp.dtype(config.dtype), unroll=config.unroll,
+        dtype=jnp.dtype(config.dtype), unroll=config.unroll, **dict(settings),
     )  # fmt: skip
-    optimizer = make_optimizer(
-        momentum=config.momentum, weight_decay=config.weight_decay, agc_clip=config.agc_clip, agc_eps=config.agc_eps
-    )
+    if config.optimizer == "adamw":
+        optimizer = make_adamw(
+            b1=config.momentum, b2=config.adam_b2, weight_decay=config.weight_decay, grad_clip=config.grad_clip
+        )
+    else:
+        optimizer = make_optimizer(
+            momentum=config.momentum, weight_decay=config.weight_decay, agc_clip=config.agc_clip, agc_eps=config.agc_eps
+        )
     key = jax.random.key(0)
     schedule = Schedule(jnp.float32(0), jnp.int32(0), jnp.int32(1))
-    init = jax.jit(functools.partial(init_state, model, optimizer, ema=config.ema_decay > 0)).lower(key).compile()
+    init = _compiled(jax.jit(functools.partial(init_state, model, optimizer, ema=config.ema_decay > 0)), key)
     step = functools.partial(
         train_step, model=model, optimizer=optimizer, label_smoothing=config.label_smoothing, rho=config.rho,
         ema_decay=config.ema_decay,
@@ -260,10 +277,18 @@ def _programs(values: tuple[tuple[str, Any], ...], num_classes: int, eval_batch:
         return jax.ShapeDtypeStruct((size, side, side, 3), jnp.uint8), jax.ShapeDtypeStruct((size,), jnp.int32)
 
     shapes = batch_shapes(config.batch_size, config.resolution)
-    step = jax.jit(step, donate_argnums=0).lower(init.out_info, *shapes, schedule, key).compile()
+    step = _compiled(jax.jit(step, donate_argnums=0), init.out_info, *shapes, schedule, key)
     shapes = (*batch_shapes(eval_batch, config.eval_resolution), jax.ShapeDtypeStruct((eval_batch,), jnp.float32))
-    evaluation = jax.jit(functools.partial(eval_step, model=model)).lower(model.param_shapes(), *shapes).compile()
+    evaluation = _compiled(jax.jit(functools.partial(eval_step, model=model)), model.param_shapes(), *shapes)
     return init, step, evaluation
+
+
+def _compiled(function, *arguments):
+    """Compiled ahead of time. glibc keeps the gigabytes that the compiler frees (LOG.md): hand them back."""
+    program = function.lower(*arguments).compile()
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return program
 
 
 def _evaluate(compiled, config: RunConfig, source: Source, params) -> dict[str, float]:
@@ -292,7 +317,7 @@ def _pretrained_body(config: RunConfig, out_dir: Path) -> Any:
             f"finished: {', '.join(runs[:5]) or 'none'}"
         )
     source = read_summary(folder)["config"]
-    for name in ("variant", "bottleneck_rule"):
+    for name in ("variant", "bottleneck_rule", "pool", "position"):
         if source[name] != getattr(config, name):
             raise ConfigError(
                 f"{name}: {getattr(config, name)!r} is not that of {config.pretrained_run}, {source[name]!r}"
@@ -318,7 +343,7 @@ def _save_params(out_dir: Path, params: Any) -> dict[str, str]:
 def _summary(
     config, out_dir, num_classes, results, digests, *, started, seconds, compile_seconds, wall_seconds
 ) -> dict:
-    variant = models.get_variant(config.variant)
+    variant = config.architecture
     macs = flops.forward_macs(variant, config.resolution, num_classes, config.bottleneck_rule)
     images_seen = config.steps * config.batch_size
     total = flops.train_flops(macs, images_seen, config.rho)
@@ -327,7 +352,7 @@ def _summary(
     return {
         "schema": 1, "run_id": config.run_id, "cell_id": config.cell_id, "kind": config.kind, "status": "done",
         "config": config.model_dump(mode="json"), "config_hash": config.config_hash,
-        "num_params": flops.num_params(variant, num_classes, config.bottleneck_rule),
+        "num_params": flops.num_params(variant, num_classes, config.bottleneck_rule, config.resolution),
         "forward_macs": macs, "train_flops": total, "steps": config.steps, "images_seen": images_seen,
         "examples_drawn": config.steps * config.unique_per_step, "seconds": seconds,
         "compile_seconds": compile_seconds, "wall_seconds": wall_seconds,

@@ -1,10 +1,13 @@
 """Every architecture as data: widths, depths, resolutions and the published counts that ours are checked against.
 
-Sources: Brock et al. 2021 (arXiv 2102.06171) Tables 1, 5 and 6; the released code google-deepmind/deepmind-research,
+NFNets: Brock et al. 2021 (arXiv 2102.06171) Tables 1, 5 and 6; the released code google-deepmind/deepmind-research,
 `nfnets/base.py` and its README. Published "FLOPs" of NFNets are multiply-adds (MACs) at the *test* resolution.
+ViTs: google-research/big_vision `models/vit.py` (shapes), Zhai et al. 2021 (arXiv 2106.04560) Table 2 and Alabdulmohsin
+et al. 2023 (arXiv 2305.13035) Table 1 (counts). Published "GFLOPs" of ViTs are *twice* the MACs.
 
-The `-mini` family is this project's own laptop-scale copy: one eighth of the width, group width 16, the same depth
-pattern, block, stem and rules, so that every mechanism of the full family is exercised on a CPU.
+The `-mini` families are this project's own laptop-scale copies. NFNets: one eighth of the width, group width 16, the same
+depth pattern, block, stem and rules, so that every mechanism of the full family is exercised on a CPU. ViTs: 4x4 patches,
+shapes chosen so that Ti, S, B and L cost the MACs of F0-, F1-, F3- and F7-mini at 32 px (within 3%).
 """
 
 import dataclasses
@@ -17,6 +20,8 @@ STEM_CHANNELS = (16, 32, 64)
 STEM_STRIDE = 4
 TOTAL_STRIDE = 32
 BOTTLENECK_RULES = ("published", "released")
+POOLS = ("gap", "map", "tok")
+POSITIONS = ("learned", "sincos2d")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +44,7 @@ class Variant:
     published_macs: float | None = None
     finetune_px: int = 384
     finetune_test_px: int = 480
+    family = "NFNet"
 
     @property
     def blocks(self) -> int:
@@ -66,6 +72,61 @@ class Variant:
     def groups(self, stage: int) -> int:
         """Number of groups of the 3x3 convolutions of a stage."""
         return max(1, self.width[stage] // 2 // self.group_width)
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTVariant:
+    """One Vision Transformer.
+
+    width: channels of a token. depth: encoder blocks. mlp: hidden channels of the MLPs. heads: attention heads. patch:
+    side of a patch in pixels. pool: "gap" (mean of the tokens), "map" (attention pooling) or "tok" (class token); the
+    published count includes what stands here. position: "learned" or "sincos2d". published_params: without the head.
+    published_macs: of one image at test_px, half the published GFLOPs.
+    """
+
+    name: str
+    width: int
+    depth: int
+    mlp: int
+    heads: int
+    patch: int
+    pool: str
+    train_px: int
+    test_px: int
+    finetune_px: int
+    published_params: float | None = None
+    published_macs: float | None = None
+    position: str = "learned"
+    family = "ViT"
+    drop_rate = 0.0
+
+    @property
+    def blocks(self) -> int:
+        """Number of encoder blocks."""
+        return self.depth
+
+    @property
+    def finetune_test_px(self) -> int:
+        """ViTs are tested at the resolution at which they are fine-tuned."""
+        return self.finetune_px
+
+    @property
+    def resolution_multiple(self) -> int:
+        """Image sides must be multiples of the patch."""
+        return self.patch
+
+
+class LoadedVariant(str):
+    """The name of a variant that remembers what loaded weights need beside it; `models.create` takes it as it is.
+
+    num_classes, settings: the number of classes and the `models.create` settings (bottleneck_rule, pool, ...) of the weights.
+    pixels: what they expect of images: "imagenet" (zero mean, unit variance by ImageNet's channels) or "unit" ([-1, 1]).
+    """
+
+    def __new__(cls, name: str, *, num_classes: int, pixels: str = "imagenet", **settings):
+        self = super().__new__(cls, name)
+        self.num_classes, self.pixels, self.settings = num_classes, pixels, settings
+        return self
 
 
 # name: (train px, test px, dropout, published params, published MACs at test px); `nfnets/base.py`, README.
@@ -100,11 +161,41 @@ def _build() -> dict[str, Variant]:
     return variants
 
 
-VARIANTS: dict[str, Variant] = _build()
-"""All variants by name: F0 to F7, F0+ to F7+, and F0-mini to F7+-mini."""
+# name: (width, depth, mlp, heads, patch, pool, fine-tuning px, published parameters, published GFLOPs there)
+_VIT = {
+    "Ti/16": (192, 12, 768, 3, 16, "gap", 384, 5.5e6, 9.5),
+    "S/16": (384, 12, 1536, 6, 16, "gap", 384, 22e6, 31.2),
+    "B/16": (768, 12, 3072, 12, 16, "gap", 384, 86e6, 111.3),
+    "L/16": (1024, 24, 4096, 16, 16, "gap", 384, 303e6, 382.8),
+    "So400m/14": (1152, 27, 4304, 16, 14, "map", 518, 428e6, 1374),
+    "g/14": (1408, 40, 6144, 16, 14, "gap", 518, 1011e6, 3208),
+    "G/14": (1664, 48, 8192, 16, 14, "gap", 518, 1843e6, 5668),
+}
+_VIT_MINI = {
+    "Ti/4-mini": (60, 3, 240, 4),
+    "S/4-mini": (60, 4, 224, 4),
+    "B/4-mini": (72, 4, 288, 4),
+    "L/4-mini": (76, 6, 304, 4),
+}
 
 
-def get_variant(name: str) -> Variant:
+def _build_vits() -> dict[str, ViTVariant]:
+    full = [
+        ViTVariant(name, *shape, 224, px, px, published_params=params, published_macs=gflop * 1e9 / 2)
+        for name, (*shape, px, params, gflop) in _VIT.items()
+    ]
+    minis = [
+        ViTVariant(name, *shape, patch=4, pool="gap", train_px=32, test_px=40, finetune_px=48)
+        for name, shape in _VIT_MINI.items()
+    ]
+    return {variant.name: variant for variant in (*full, *minis)}
+
+
+VARIANTS: dict[str, Variant | ViTVariant] = _build() | _build_vits()
+"""All variants by name: F0 to F7, F0+ to F7+, F0-mini to F7+-mini; Ti/16 to G/14, Ti/4-mini to L/4-mini."""
+
+
+def get_variant(name: str) -> Variant | ViTVariant:
     """The variant called `name`; ValueError with near names otherwise."""
     if name not in VARIANTS:
         near = difflib.get_close_matches(name, VARIANTS, n=3, cutoff=0.4)

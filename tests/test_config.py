@@ -20,7 +20,10 @@ from nfnet_lib.config import ConfigError, FinetuneConfig, PretrainConfig, StudyC
         ({"flip": "perhaps"}, "flip: 'perhaps'"),
         ({"variant": "F8-mini"}, "variant: unknown 'F8-mini'; did you mean"),
         ({"resolution": 30}, "resolution: 30 is not a multiple of 8.*24 or 32"),
-        ({"variant": "F0", "resolution": 100, "eval_resolution": 128}, "resolution: 100 is not a multiple of 32.*96 or 128"),
+        (
+            {"variant": "F0", "resolution": 100, "eval_resolution": 128},
+            "resolution: 100 is not a multiple of 32.*96 or 128",
+        ),
         ({"batch_size": 9000}, "batch_size: 9000 is larger than the data.*8192"),
         ({"augmult": 3}, "augmult: 3 does not divide batch_size=32"),
         ({"epoch_budget": 0.3}, "epoch_budget: 0.3.*nearest budgets: 0.296875 or 0.300781"),
@@ -97,14 +100,20 @@ def test_unreadable_study_files(tmp_path):
 
 
 def test_a_name_that_papermill_injected_in_vain_is_refused():
-    scope = {"variant": "F1-mini", "helper": 3, "In": ["", "variant = 'F0-mini'", "# Parameters\nvariant = 'F1-mini'\n"]}
+    scope = {
+        "variant": "F1-mini",
+        "helper": 3,
+        "In": ["", "variant = 'F0-mini'", "# Parameters\nvariant = 'F1-mini'\n"],
+    }
     assert PretrainConfig.notebook_params(scope) == {"variant": "F1-mini"}
     scope["In"].append("# Parameters\nstudy_dir = 'x'\nvarient = 'F1-mini'\n")
     with pytest.raises(ConfigError, match="varient: unknown parameter of PretrainConfig; did you mean variant"):
         PretrainConfig.notebook_params(scope)
 
 
-@pytest.mark.parametrize("path", sorted(PROJECT.glob("params/*/*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}")
+@pytest.mark.parametrize(
+    "path", sorted(PROJECT.glob("params/*/*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
 def test_every_params_file_is_valid_and_says_what_it_is(path):
     text = path.read_text()
     assert all(word in text.split("\nstudy:")[0] for word in ("# ", "Source:", "Cost", "Command:"))

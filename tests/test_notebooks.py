@@ -40,7 +40,9 @@ def test_thin_stripped_and_documented(path):
 @pytest.mark.parametrize("name,config", [("02_pretrain", PretrainConfig), ("03_finetune", FinetuneConfig)])
 def test_parameters_are_the_config(name, config):
     source, nodes = parameters(NOTEBOOKS[0].parent / f"{name}.ipynb")
-    assert set(nodes) == set(config.model_fields) - {"kind"} | {"study_dir"} | ({"lr_grid"} if name == "02_pretrain" else set())
+    assert set(nodes) == set(config.model_fields) - {"kind"} | {"study_dir"} | (
+        {"lr_grid"} if name == "02_pretrain" else set()
+    )
     defaults = {key: ast.literal_eval(node.value) for key, node in nodes.items() if key in config.model_fields}
     config.from_params({**defaults, "pretrained_run": "x"} if name == "03_finetune" else defaults)
     for key, node in nodes.items():
@@ -56,7 +58,9 @@ def study(tmp_path_factory):
     runs = pretrain_summaries(noise=0.01)
     write_runs(folder, [*runs, *finetune_summaries(runs[-4:])])
     for name in ("index", "04_scaling_laws", "05_compare"):
-        execute(NOTEBOOKS[0].parent / f"{name}.ipynb", folder / "analysis" / f"{name}.ipynb", {"study_dir": str(folder)})
+        execute(
+            NOTEBOOKS[0].parent / f"{name}.ipynb", folder / "analysis" / f"{name}.ipynb", {"study_dir": str(folder)}
+        )
     (folder / "broken").mkdir()
     (folder / "broken" / "failure.json").write_text('{"error": "<script>alert(1)</script> | lost", "traceback": ""}')
     return folder
@@ -64,7 +68,9 @@ def study(tmp_path_factory):
 
 def test_analysis_shows_figures_and_sentences(study):
     for number in (1, 2, 3):
-        assert all((study / "figures" / f"figure{number}.{suffix}").stat().st_size > 500 for suffix in ("svg", "png", "csv"))
+        assert all(
+            (study / "figures" / f"figure{number}.{suffix}").stat().st_size > 500 for suffix in ("svg", "png", "csv")
+        )
     text = (study / "analysis" / "04_scaling_laws.ipynb").read_text()
     assert text.count('"image/png"') == 2 and "Power law: loss" in text
 

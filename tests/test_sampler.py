@@ -46,7 +46,12 @@ def test_the_order_is_uniform_over_seeds():
 def test_seeds_and_epochs_are_unrelated():
     n = 1000
     first, second = ExactlyOnceSampler(n, 0), ExactlyOnceSampler(n, 1)
-    orders = [first.example_ids(0, n), first.example_ids(n, 2 * n), second.example_ids(0, n), second.example_ids(n, 2 * n)]
+    orders = [
+        first.example_ids(0, n),
+        first.example_ids(n, 2 * n),
+        second.example_ids(0, n),
+        second.example_ids(n, 2 * n),
+    ]
     for i in range(4):
         for j in range(i):
             assert (orders[i] == orders[j]).sum() < 12, "about one agreement is expected of unrelated orders"

@@ -206,7 +206,9 @@ def test_rates_that_diverge_lose_the_search_and_are_not_tried_again(cache, tmp_p
     assert math.isfinite(tuned.losses[0.05]) and tuned.losses[1000.0] == math.inf
     assert tuned.summary["config"]["peak_lr"] == 0.05 and len(tuned.metrics) == 2
     lost = tmp_path / tuning.at_lr(config, 1000.0).run_id
-    assert "at step" in json.loads((lost / "failure.json").read_text())["error"] and not (lost / "summary.json").exists()
+    assert (
+        "at step" in json.loads((lost / "failure.json").read_text())["error"] and not (lost / "summary.json").exists()
+    )
     assert tuning.tuned_already(config, [0.05, 1000.0], tmp_path) == tuned.summary
     assert tuning.tuned_already(config, [0.025, 0.05, 1000.0], tmp_path) is None
     with pytest.raises(NonFiniteLoss, match="at step"):

@@ -1,0 +1,88 @@
+"""A picture in, the likeliest classes out, with any weights that `pretrained.load_weights` reads."""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import UInt8
+
+from nfnet_lib import models
+from nfnet_lib.augment import default_margin, eval_views
+from nfnet_lib.config import ConfigError
+from nfnet_lib.pretrained import load_weights
+from nfnet_lib.records import PARAMS
+from nfnet_lib.step import normalise
+
+
+def predict(
+    image: str | os.PathLike, weights: str | os.PathLike, labels: str | os.PathLike | None = None, *,
+    resolution: int | None = None, top: int = 5,
+):  # fmt: skip
+    """The `top` likeliest classes of one picture, as a DataFrame with columns class, label, probability.
+
+    weights: see `pretrained.load_weights`. labels: a file of class names (see `read_labels`). resolution: in pixels, by
+    default that at which the variant is tested (of a run of ours, its eval_resolution; of a ViT file, its own). The view is
+    that of evaluation: short side to a little more (32 px from 128 px on), then the centre. FileNotFoundError, WeightsError
+    or ConfigError for what can't be read or does not fit.
+    """
+    import pandas as pd
+
+    pixels = read_image(image)
+    variant, params = load_weights(weights)
+    model = models.create(variant)
+    names = read_labels(labels, model.num_classes) if labels else [""] * model.num_classes
+    if not 1 <= top <= model.num_classes:
+        raise ConfigError(f"top: {top} is out of range; allowed: 1 to {model.num_classes}, the classes of the weights")
+    if resolution is None:
+        resolution = variant.settings.get("image_size", model.variant.test_px)
+        if (Path(weights) / PARAMS).is_file():
+            resolution = json.loads((Path(weights) / PARAMS).read_text())["eval_resolution"]
+    multiple = model.variant.resolution_multiple
+    if resolution < multiple or resolution % multiple:
+        raise ConfigError(f"resolution: {resolution} is not a multiple of {multiple}, which {variant} needs")
+    view = jnp.asarray(eval_views([pixels], resolution, default_margin(resolution)))
+    inputs = view / 127.5 - 1 if variant.pixels == "unit" else normalise(view)
+    probabilities = np.asarray(jax.nn.softmax(jax.jit(model.apply)(params, inputs)[0]))
+    best = np.argsort(-probabilities, kind="stable")[:top]
+    return pd.DataFrame(
+        {"class": best, "label": [names[i] for i in best], "probability": probabilities[best].astype(float)}
+    )
+
+
+def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "H W 3"]:
+    """RGB pixels, turned upright as the camera says (EXIF). ConfigError for what is no picture."""
+    from PIL import Image, ImageOps
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"image: {path} does not exist")
+    try:
+        with Image.open(path) as image:
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except Exception as error:  # Pillow's readers raise many kinds
+        raise ConfigError(f"image: {path} is not a readable picture: {error}") from None
+
+
+def read_labels(path: str | os.PathLike, num_classes: int) -> list[str]:
+    """Class names: one a line, or JSON, a list or {"0": name}; a name may be a [WordNet id, name] pair.
+
+    ConfigError unless there are num_classes of them.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"labels: {path} can't be read: {error}") from None
+    if text.lstrip()[:1] in ("{", "["):
+        try:
+            content = json.loads(text)
+            values = [content[str(i)] for i in range(len(content))] if isinstance(content, dict) else content
+        except (ValueError, KeyError) as error:
+            raise ConfigError(f"labels: {path} is no JSON list or mapping from 0, 1, ...: {error}") from None
+        names = [str(value[-1] if isinstance(value, list) and value else value) for value in values]
+    else:
+        names = text.splitlines()
+    if len(names) != num_classes:
+        raise ConfigError(f"labels: {path} has {len(names)} names; the weights have {num_classes} classes")
+    return names
