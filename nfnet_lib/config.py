@@ -176,7 +176,8 @@ class RunConfig(BaseModel):
         return self._name("tuned", _digest(self.model_dump(mode="json", exclude={"peak_lr"})))
 
     def _name(self, lr: str, digest: str) -> str:
-        parts = [self.kind, self.variant, self.dataset.replace(":", "-").replace("/", "-"), f"ep{self.epoch_budget:g}"]
+        names = [text.replace(":", "-").replace("/", "-") for text in (self.variant, self.dataset)]
+        parts = [self.kind, *names, f"ep{self.epoch_budget:g}"]
         parts += [lr, f"s{self.seed}"] + ([f"ra{self.augmult}"] if self.augmult > 1 else [])
         return "_".join([*parts, digest[:6]])
 
@@ -202,6 +203,17 @@ def config_from_params(params: Mapping[str, Any]) -> PretrainConfig | FinetuneCo
     return (FinetuneConfig if kind == "finetune" else PretrainConfig).from_params(params)
 
 
+class FamilyConfig(BaseModel):
+    """What one family of variants has of its own in a study: parameters, learning rates."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    pretrain: dict[str, Any] = Field(default_factory=dict, description="PretrainConfig parameters")
+    finetune: dict[str, Any] = Field(default_factory=dict, description="FinetuneConfig parameters")
+    lr_grid: list[float] = Field(default_factory=list, description="default: the study's")
+    lr_start: dict[float, float] = Field(default_factory=dict, description="default: the study's, with its lr_grid")
+
+
 class StudyConfig(BaseModel):
     """A study: a grid of pre-training cells, the learning rates tried in each, and fine-tuning of the winners."""
 
@@ -217,6 +229,9 @@ class StudyConfig(BaseModel):
     )
     lr_start: dict[float, float] = Field(
         default_factory=dict, description="where the search begins, by epoch budget; default: the grid's middle"
+    )
+    families: dict[Literal["NFNet", "ViT"], FamilyConfig] = Field(
+        default_factory=dict, description="what differs between the families of the variants"
     )
     finetune: dict[str, Any] | None = Field(None, description="FinetuneConfig parameters, or none")
     finetune_augmults: list[int] = Field(default_factory=lambda: [1], description="fine-tuning runs of each winner")
@@ -255,30 +270,40 @@ class StudyConfig(BaseModel):
 
     def validate_cells(self) -> None:
         """ConfigError on the first run that can't be: before anything is written."""
-        if sorted(set(self.lr_grid)) != self.lr_grid:
-            raise ConfigError(f"lr_grid: {self.lr_grid} must ascend without repeats")
-        for budget, lr in self.lr_start.items():
-            if budget not in self.epoch_budgets or lr not in self.lr_grid:
-                raise ConfigError(f"lr_start: {budget:g}: {lr} is not one of epoch_budgets with a value of lr_grid")
         for variant in self.variants:
+            lr_grid, lr_start = self.learning_rates(variant)
+            if sorted(set(lr_grid)) != lr_grid:
+                raise ConfigError(f"lr_grid: {lr_grid} must ascend without repeats")
+            for budget, lr in lr_start.items():
+                if budget not in self.epoch_budgets or lr not in lr_grid:
+                    raise ConfigError(f"lr_start: {budget:g}: {lr} is not one of epoch_budgets with a value of lr_grid")
             for budget in self.epoch_budgets:
-                for lr in self.lr_grid:
+                for lr in lr_grid:
                     self.pretrain_config(variant, budget, lr)
             if self.finetune is not None:
                 for augmult in self.finetune_augmults:
                     self.finetune_config(variant, "to-be-found", augmult)
 
-    def pretrain_config(self, variant: str, epoch_budget: float, peak_lr: float) -> PretrainConfig:
+    def learning_rates(self, variant: str) -> tuple[list[float], dict[float, float]]:
+        """(lr_grid, lr_start) of a variant: its family's, or the study's."""
+        own = self._family(variant)
+        return (own.lr_grid, own.lr_start) if own.lr_grid else (self.lr_grid, self.lr_start)
+
+    def _family(self, variant: str) -> FamilyConfig:
+        try:
+            return self.families.get(get_variant(variant).family, FamilyConfig())
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+    def pretrain_config(self, variant: str, epoch_budget: float | int, peak_lr: float | int) -> PretrainConfig:
         """The config of one run of one cell."""
-        return PretrainConfig.from_params(
-            {**self.pretrain, "variant": variant, "epoch_budget": epoch_budget, "peak_lr": peak_lr}
-        )
+        cell = {"variant": variant, "epoch_budget": epoch_budget, "peak_lr": peak_lr}
+        return PretrainConfig.from_params({**self.pretrain, **self._family(variant).pretrain, **cell})
 
     def finetune_config(self, variant: str, pretrained_run: str, augmult: int) -> FinetuneConfig:
         """The config of one fine-tuning run of a winner."""
-        return FinetuneConfig.from_params(
-            {**(self.finetune or {}), "variant": variant, "pretrained_run": pretrained_run, "augmult": augmult}
-        )
+        cell = {"variant": variant, "pretrained_run": pretrained_run, "augmult": augmult}
+        return FinetuneConfig.from_params({**(self.finetune or {}), **self._family(variant).finetune, **cell})
 
 
 def _numbers(cls: type[BaseModel], params: Mapping[str, Any]) -> dict[str, Any]:

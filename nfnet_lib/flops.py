@@ -148,6 +148,23 @@ def published_table():
     return pd.DataFrame(rows).set_index("variant")
 
 
+def size_table(resolution: int = 224):
+    """Parameters (millions, 1,000 classes) and GMACs at one resolution of every full variant of both families."""
+    import pandas as pd
+
+    from nfnet_lib.variants import VARIANTS
+
+    full = [variant for name, variant in VARIANTS.items() if not name.endswith("-mini")]
+    return pd.DataFrame(
+        {
+            "variant": [variant.name for variant in full],
+            "family": [variant.family for variant in full],
+            "params_millions": [num_params(variant, 1000) / 1e6 for variant in full],
+            "gmacs": [forward_macs(variant, resolution, 1000) / 1e9 for variant in full],
+        }
+    )
+
+
 def published_agreement(table) -> str:
     """How far `published_table` is from the published figures, a sentence for each family."""
     sentences = []

@@ -114,20 +114,23 @@ def create(name: str, num_classes: int | None = None, **settings: Any) -> Model:
 
 
 def signal_table(
-    name: str, *, skip_gain: float = 1.0, resolution: int | None = None, batch_size: int = 16, seed: int = 0
-):
-    """Signal figures of each block of a freshly initialised variant on random normal images, as a DataFrame.
+    name: str, *, params: Params | None = None, skip_gain: float = 1.0, resolution: int | None = None,
+    batch_size: int = 16, seed: int = 0,
+):  # fmt: skip
+    """Signal figures of each block of a variant on random normal images, as a DataFrame.
 
-    Columns: block, stage, mean_squared, variance, branch_variance (`nfnet.signal_figures`). skip_gain replaces the
-    SkipInit gains, which are 0 in a fresh network and would hide the branches.
+    Columns: block, stage, mean_squared, variance, branch_variance (`nfnet.signal_figures`). params: loaded weights, of a
+    `name` from `pretrained.load_weights`; by default fresh ones, with skip_gain in place of the SkipInit gains, which are 0
+    in a fresh network and would hide the branches.
     """
     import pandas as pd
 
-    model = create(name, num_classes=10)
+    model = create(name)
     init_key, image_key = jax.random.split(jax.random.key(seed))
-    params = jax.tree_util.tree_map_with_path(
-        lambda path, p: jnp.full_like(p, skip_gain) if str(path[-1].key) == "skip_gain" else p, model.init(init_key)
-    )
+    if params is None:
+        params = jax.tree_util.tree_map_with_path(
+            lambda path, p: jnp.full_like(p, skip_gain) if str(path[-1].key) == "skip_gain" else p, model.init(init_key)
+        )
     side = resolution or model.variant.train_px
     images = jax.random.normal(image_key, (batch_size, side, side, 3))
     signals = jax.jit(lambda p, x: model.apply_with_features(p, x)[1]["signals"])(params, images)

@@ -30,6 +30,10 @@ VARIANT_LOOKS = (
     "F4",
     "F5",
     "F6",
+    "Ti",
+    "S",
+    "B",
+    "L",
 )  # the paper's six get the most distinct looks
 
 
@@ -37,7 +41,7 @@ def variant_style(name: str) -> dict:
     """Colour, marker and line style of a variant, the same in every figure; other networks get one by their name."""
     import seaborn as sns
 
-    base = re.sub(r"-mini$", "", name)
+    base = re.sub(r"(/\d+)?(-mini)?$", "", name)
     index = VARIANT_LOOKS.index(base) if base in VARIANT_LOOKS else sum(map(ord, base))
     color = sns.color_palette("colorblind")[_COLORS[index % len(_COLORS)]]
     return {"color": color, "marker": _MARKERS[index % len(_MARKERS)], "linestyle": LINES[index % len(LINES)]}

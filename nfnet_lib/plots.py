@@ -4,7 +4,7 @@ Every variant keeps its colour, marker and line style in all figures (`variant_s
 variants apart on a grey print. Curves are labelled at their ends where there is room, not in a legend.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,12 +29,15 @@ if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = [
+    "architectures",
+    "families",
     "figure1",
     "figure1_published",
     "figure1_side_by_side",
     "figure2",
     "figure3",
     "learning_curves",
+    "parameters_and_macs",
     "save_figure",
     "signal_propagation",
     "variant_style",
@@ -224,6 +227,38 @@ def figure1_side_by_side(ours: "pd.DataFrame", published: "pd.DataFrame", note: 
 
 
 @figure_function
+def families(cells: "pd.DataFrame", compute: str = "train_flops", note: str | None = LAPTOP) -> Figure:
+    """Top-1 error against training compute (`families.family_cells`): colour and line tell the family, marker the variant.
+
+    The thick line of a family is its compute-optimal frontier.
+    """
+    import seaborn as sns
+
+    _require(cells, ("family", "variant", compute, "top1_error_percent", "standard_error", "on_frontier"), "cells")
+    figure, axes = new_figure(note=note)
+    log_axis(axes.xaxis, cells[compute], room=(0.06, 0.2))
+    log_axis(axes.yaxis, cells["top1_error_percent"], room=(0.08, 0.08))
+    colors = dict(zip(("NFNet", "ViT"), sns.color_palette("colorblind"), strict=False))
+    lines = {"NFNet": "-", "ViT": (0, (5, 1.5))}
+    for family, rows in cells.groupby("family"):
+        color = colors.get(family, _INK)
+        best = rows[rows["on_frontier"]].sort_values(compute)
+        axes.plot(best[compute], best["top1_error_percent"], color=color, linewidth=8, alpha=0.22, zorder=1,
+                  solid_capstyle="round", label=f"{family}s: compute-optimal")  # fmt: skip
+        for name in variant_order(rows["variant"]):
+            part = rows[rows["variant"] == name].sort_values(compute)
+            axes.errorbar(part[compute], part["top1_error_percent"], part["standard_error"], color=color, gid=name,
+                          marker=variant_style(name)["marker"], linestyle=lines.get(family, ":"), markersize=7,
+                          linewidth=1.4, elinewidth=1, markeredgecolor="white", zorder=3)  # fmt: skip
+            label_point(axes, name, part[compute].iloc[-1], part["top1_error_percent"].iloc[-1], color)
+    axes.set(xlabel=_AXIS.get(compute, compute), ylabel="held-out top-1 error (%)")
+    axes.legend(loc="lower left")
+    if compute == "train_flops":
+        _hours_axis(axes)
+    return figure
+
+
+@figure_function
 def learning_curves(metrics_by_run: Mapping[str, "pd.DataFrame"], note: str | None = LAPTOP) -> Figure:
     """Training loss and learning rate against the step, for {name of run: `records.read_metrics`}.
 
@@ -289,6 +324,56 @@ def signal_propagation(table: "pd.DataFrame", note: str | None = None) -> Figure
         )
     all_axes[-1].set_xlabel("residual block, in order of depth")
     figure.align_ylabels()
+    return figure
+
+
+@figure_function
+def architectures(names: Sequence[str], note: str | None = None) -> Figure:
+    """Depth and width of variants: a row each, a bar for each block, as high as it has channels; shades tell stages."""
+    from nfnet_lib.variants import ViTVariant, get_variant
+
+    figure, rows = new_figure(rows=len(names), size=(8, 0.9 * len(names) + 0.6), sharex=True, squeeze=False, note=note)
+    for (axes,), name in zip(rows, names, strict=True):
+        variant, color = get_variant(name), variant_style(name)["color"]
+        stages = [(variant.width, variant.depth)]
+        if not isinstance(variant, ViTVariant):
+            stages = list(zip(variant.width, variant.depth, strict=True))
+        start = 0
+        for stage, (width, depth) in enumerate(stages):
+            axes.bar(np.arange(start, start + depth) + 0.5, width, width=0.86, color=color, gid=f"{name} {stage}",
+                     alpha=0.35 + 0.65 * (stage + 1) / len(stages))  # fmt: skip
+            start += depth
+        widths = ", ".join(f"{width:,}" for width, _ in stages)
+        axes.annotate(f"{start} blocks of {widths}", (start + 1, 0), fontsize=9, va="bottom", color="0.35")
+        axes.set_ylabel(name, rotation=0, ha="right", va="center", color=color, fontweight="bold")
+        axes.set_yticks([])
+        axes.grid(False)
+        axes.spines["left"].set_visible(False)
+    rows[-1, 0].set_xlabel("block, in order of depth (height: channels)")
+    return figure
+
+
+@figure_function
+def parameters_and_macs(table: "pd.DataFrame", note: str | None = None) -> Figure:
+    """Multiply-accumulates against parameters, a point a variant, a line a family (`flops.size_table`)."""
+    _require(table, ("variant", "family", "params_millions", "gmacs"), "table")
+    figure, axes = new_figure(note=note)
+    log_axis(axes.xaxis, table["params_millions"], room=(0.06, 0.1))
+    log_axis(axes.yaxis, table["gmacs"], room=(0.06, 0.06))
+    plus = table["variant"].str.contains("+", regex=False)
+    groups = {
+        "NFNet F": table[(table["family"] == "NFNet") & ~plus], "NFNet F+": table[(table["family"] == "NFNet") & plus],
+        "ViT": table[table["family"] == "ViT"],
+    }  # fmt: skip
+    for (label, part), look in zip(groups.items(), ("F0", "F3+", "F7"), strict=True):
+        style = variant_style(look)
+        axes.plot(part["params_millions"], part["gmacs"], **style, markersize=7, linewidth=1.2, label=label, gid=label)
+        for row in part.itertuples():  # the two lines of NFNets nearly coincide: names on either side, of three sizes
+            if label == "ViT" or row.variant.rstrip("+") in ("F0", "F3", "F7"):
+                offset = (9, -9) if label == "NFNet F" else (-9, 9)
+                label_point(axes, row.variant, row.params_millions, row.gmacs, style["color"], offset=offset)
+    axes.set(xlabel="parameters (millions, 1,000 classes)", ylabel="GMACs of one image, forward")
+    axes.legend(loc="lower right")
     return figure
 
 

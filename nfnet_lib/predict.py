@@ -11,17 +11,17 @@ from jaxtyping import UInt8
 
 from nfnet_lib import models
 from nfnet_lib.augment import default_margin, eval_views
-from nfnet_lib.config import ConfigError
+from nfnet_lib.config import ConfigError, config_from_params
 from nfnet_lib.pretrained import load_weights
 from nfnet_lib.records import PARAMS
 from nfnet_lib.step import normalise
 
 
 def predict(
-    image: str | os.PathLike, weights: str | os.PathLike, labels: str | os.PathLike | None = None, *,
-    resolution: int | None = None, top: int = 5,
+    image: str | os.PathLike | UInt8[np.ndarray, "H W 3"], weights: str | os.PathLike,
+    labels: str | os.PathLike | None = None, *, resolution: int | None = None, top: int = 5,
 ):  # fmt: skip
-    """The `top` likeliest classes of one picture, as a DataFrame with columns class, label, probability.
+    """The `top` likeliest classes of a picture (a file, or its pixels): a DataFrame of class, label, probability.
 
     weights: see `pretrained.load_weights`. labels: a file of class names (see `read_labels`). resolution: in pixels, by
     default that at which the variant is tested (of a run of ours, its eval_resolution; of a ViT file, its own). The view is
@@ -30,7 +30,7 @@ def predict(
     """
     import pandas as pd
 
-    pixels = read_image(image)
+    pixels = image if isinstance(image, np.ndarray) else read_image(image)
     variant, params = load_weights(weights)
     model = models.create(variant)
     names = read_labels(labels, model.num_classes) if labels else [""] * model.num_classes
@@ -50,6 +50,26 @@ def predict(
     return pd.DataFrame(
         {"class": best, "label": [names[i] for i in best], "probability": probabilities[best].astype(float)}
     )
+
+
+def example_picture(
+    weights: str | os.PathLike, picture: str | os.PathLike | None = None
+) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
+    """(pixels, what they are) of `picture`, or of one that suits the weights: a run's first held-out example.
+
+    For a weight file it is scikit-learn's photograph of a flower.
+    """
+    from nfnet_lib.train import load_sources
+
+    if picture is not None:
+        return read_image(picture), Path(picture).name
+    if not Path(weights).is_dir():
+        from sklearn.datasets import load_sample_image
+
+        return load_sample_image("flower.jpg"), "scikit-learn's flower.jpg"
+    config = config_from_params(json.loads((Path(weights) / PARAMS).read_text()))
+    pixels, label = load_sources(config)[1][0]
+    return pixels, f"held-out example of {config.dataset}, class {label}"
 
 
 def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "H W 3"]:

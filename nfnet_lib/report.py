@@ -43,6 +43,16 @@ def open_study(study_dir: str = "") -> tuple["pd.DataFrame", Path]:
     raise FileNotFoundError(f"{study_dir or 'outputs/laptop'} holds no finished runs; `make reproduce` makes them")
 
 
+def best_run(study_dir: str = "") -> Path | None:
+    """Folder of the pre-training run with the lowest held-out loss of a study (as `open_study`); None without runs."""
+    folder = PROJECT / (study_dir or "outputs/laptop")
+    records = collect(folder) if folder.is_dir() else None
+    if records is None or records.empty or not (records["kind"] == "pretrain").any():
+        return None
+    runs = records[records["kind"] == "pretrain"]
+    return folder / runs.loc[runs["heldout_loss"].idxmin(), "path"]
+
+
 def answer(records: "pd.DataFrame") -> list[str]:
     """Three sentences: does loss follow a law, should size and epochs grow together, what did fine-tuning give."""
     from nfnet_lib.scaling import finetune_table, frontier_analysis

@@ -45,6 +45,7 @@ __all__ = [
     "variant_order",
 ]
 
+_VITS = ("Ti", "S", "B", "L", "So400m", "g", "G")
 CELL = ("variant", "epoch_budget")
 _PER_CELL = ("num_params", "forward_macs", "images_seen", "tpu_v4_core_hours", "core_hours", "seconds")
 
@@ -55,11 +56,14 @@ def _require(df: "pd.DataFrame", columns: Sequence[str], what: str) -> None:
 
 
 def variant_order(names: Iterable[str]) -> list[str]:
-    """Distinct names from small to large: F0, F1, ..., F3, F3+, F7, F7+ (any suffix), then all others by alphabet."""
+    """Distinct names from small to large: F0, F1, ..., F3, F3+, F7, F7+ (any suffix), ViTs, then others by alphabet."""
 
     def key(name: str) -> tuple:
         match = re.match(r"F(\d+)(\+?)", name)
-        return (0, int(match[1]), match[2], name) if match else (1, 0, "", name)
+        if match:
+            return (0, int(match[1]), match[2], name)
+        size = name.split("/")[0]
+        return (1, _VITS.index(size), "", name) if size in _VITS else (2, 0, "", name)
 
     return sorted(set(names), key=key)
 

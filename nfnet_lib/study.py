@@ -86,7 +86,7 @@ def run_study(study: StudyConfig, study_dir: Path) -> tuple[Path, dict[str, str]
     _refuse_other_study(study, study_dir)
     cells = [(variant, budget) for variant in study.variants for budget in study.epoch_budgets]
     cells.sort(key=lambda cell: -_cost(study, *cell))  # the longest first: the pool stays full to the end
-    for config in [study.pretrain_config(*cells[0], study.lr_grid[0])] + (
+    for config in [study.pretrain_config(*cells[0], study.learning_rates(cells[0][0])[0][0])] + (
         [study.finetune_config(study.variants[0], "to-be-found", 1)] if study.finetune else []
     ):
         load_sources(config)  # an unknown or missing data set is refused here
@@ -113,12 +113,13 @@ def run_study(study: StudyConfig, study_dir: Path) -> tuple[Path, dict[str, str]
 
 
 def _run_pretraining(study: StudyConfig, pool: Pool, variant: str, budget: float) -> None:
+    lr_grid, lr_start = study.learning_rates(variant)
     if study.lr_search == "grid":
-        for lr in study.lr_grid:
+        for lr in lr_grid:
             pool.run(study.pretrain_config(variant, budget, lr))
         return
-    start = study.lr_start.get(budget, study.lr_grid[len(study.lr_grid) // 2])
-    pool.run(study.pretrain_config(variant, budget, start), study.lr_grid)
+    start = lr_start.get(budget, lr_grid[len(lr_grid) // 2])
+    pool.run(study.pretrain_config(variant, budget, start), lr_grid)
 
 
 def _finetuning(study: StudyConfig, records) -> list[RunConfig]:
@@ -146,8 +147,8 @@ def _analyse(name: str, study_dir: Path, say: Callable[[str], None]) -> dict[str
 
 
 def _cost(study: StudyConfig, variant: str, budget: float) -> float:
-    config = study.pretrain_config(variant, budget, study.lr_grid[0])
-    return budget * flops.forward_macs(VARIANTS[variant], config.resolution, config.num_classes)
+    config = study.pretrain_config(variant, budget, study.learning_rates(variant)[0][0])
+    return budget * flops.forward_macs(config.architecture, config.resolution, config.num_classes)
 
 
 def _refuse_other_study(study: StudyConfig, study_dir: Path) -> None:
@@ -156,7 +157,8 @@ def _refuse_other_study(study: StudyConfig, study_dir: Path) -> None:
     path = study_dir / "study.json"
     if not path.exists():
         return
-    before, now = json.loads(path.read_text()), study.model_dump(mode="json")
+    now = study.model_dump(mode="json")
+    before = StudyConfig.model_construct().model_dump(mode="json", warnings=False) | json.loads(path.read_text())
     for key in now:
         if key not in _FREE_TO_CHANGE and before.get(key) != now[key]:
             raise ConfigError(

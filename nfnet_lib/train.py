@@ -107,13 +107,14 @@ def example_views(config: RunConfig, count: int = 24) -> np.ndarray:
         return next(batches).images[:count]
 
 
-def small_pretraining(variant: str, study_dir: Path) -> str:
-    """run_id of a pre-training run of a minute or so in study_dir, made unless there: for trying out what follows."""
+def small_pretraining(variant: str, study_dir: Path = PROJECT / "outputs" / "by_hand") -> Path:
+    """Folder of a pre-training run of a minute or so in study_dir, made unless there: for trying out what follows."""
     config = PretrainConfig(
         variant=variant, num_classes=16, hue_spread=0.1, examples_per_epoch=1024, heldout_examples=512, batch_size=16,
         eval_resolution=32, agc_clip=0.16, agc_eps=0.05, peak_lr=0.05,
     )  # fmt: skip
-    return run(config, study_dir / config.run_id, cache_dir=study_dir / ".cache")["run_id"]
+    run(config, study_dir / config.run_id, cache_dir=study_dir / ".cache")
+    return study_dir / config.run_id
 
 
 def load_params(run_dir: str | Path) -> Any:
