@@ -134,6 +134,14 @@ def log_axis(axis, values, room: tuple = (0.04, 0.04)) -> None:
     getattr(axes, f"set_{name}lim")(low, high)
     if high / low < 12:
         plain_ticks(axis)
+    elif 1e-3 < low and high < 1e4:  # numbers that are read without a power of ten
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
+        axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_locator(ticker.NullLocator())
+    elif high / low < 100:  # matplotlib would label every second minor tick, one over the other
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 3)))
+        axis.set_major_formatter(ticker.LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(np.inf, np.inf)))
+        axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def plain_ticks(axis, most: int = 6) -> None:

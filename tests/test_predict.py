@@ -1,0 +1,109 @@
+"""`nfnet predict`: a photograph in, its likeliest classes out; clear errors for what can't be read."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from released import rule_params
+from sklearn.datasets import load_sample_image
+
+from nfnet_lib import models
+from nfnet_lib.augment import default_margin, eval_views
+from nfnet_lib.cli import main
+from nfnet_lib.predict import predict, read_image, read_labels
+from nfnet_lib.pretrained import save_deepmind
+from nfnet_lib.step import normalise
+
+CLASSES = 12
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("predict")
+    Image.fromarray(load_sample_image("china.jpg")).save(folder / "photo.jpg", quality=90)
+    params = rule_params(models.create("F0-mini", CLASSES))
+    save_deepmind(params, "F0-mini", folder / "weights.npz")
+    (folder / "labels.txt").write_text("".join(f"thing {i}\n" for i in range(CLASSES)))
+    return folder, params
+
+
+def test_a_photograph_gets_the_model_s_classes(files, capsys):
+    folder, params = files
+    arguments = ["predict", str(folder / "photo.jpg"), "--weights", str(folder / "weights.npz")]
+    assert main([*arguments, "--labels", str(folder / "labels.txt"), "--top", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+
+    pixels = np.asarray(Image.open(folder / "photo.jpg").convert("RGB"))
+    model = models.create("F0-mini", CLASSES)
+    view = eval_views([pixels], model.variant.test_px, default_margin(model.variant.test_px))
+    wanted = np.asarray(jax.nn.softmax(model.apply(params, normalise(jnp.asarray(view)))[0]))
+    for line, index in zip(lines[1:], np.argsort(-wanted)[:3], strict=True):
+        assert f"thing {index}" in line and f"{wanted[index]:.4f}" in line
+    assert main(arguments) == 0
+    assert "thing" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"photo.jpg": "none.jpg"}, "image: .*none.jpg does not exist"),
+        ({"photo.jpg": "labels.txt"}, "not a readable picture"),
+        ({"weights.npz": "none.npz"}, "none.npz does not exist"),
+        ({"weights.npz": "labels.txt"}, "labels.txt is neither"),
+        ({"--top": "13"}, "top: 13 is out of range; allowed: 1 to 12"),
+        ({"--resolution": "43"}, "resolution: 43 is not a multiple of 8"),
+        ({"labels.txt": "photo.jpg"}, "labels: .* can't be read"),
+        ({"labels.txt": "none.txt"}, "labels: .* can't be read"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(files, capsys, change, message):
+    folder, _ = files
+    names = {name: change.get(name, name) for name in ("photo.jpg", "weights.npz", "labels.txt")}
+    arguments = ["predict", str(folder / names["photo.jpg"]), "--weights", str(folder / names["weights.npz"])]
+    arguments += ["--labels", str(folder / names["labels.txt"])]
+    arguments += [text for key, value in change.items() if key.startswith("--") for text in (key, value)]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert re.search(message, error), error
+
+
+def test_label_files_of_every_kind(tmp_path):
+    names = ["ant", "bee", "cat"]
+    for content in ("ant\nbee\ncat\n", json.dumps(names), json.dumps(dict(enumerate(names))),
+                    json.dumps({str(i): [f"n{i}", name] for i, name in enumerate(names)})):  # fmt: skip
+        (tmp_path / "labels").write_text(content)
+        assert read_labels(tmp_path / "labels", 3) == names
+    with pytest.raises(ValueError, match="3 names; the weights have 4 classes"):
+        read_labels(tmp_path / "labels", 4)
+
+
+def test_a_photograph_is_turned_upright(tmp_path):
+    pixels = load_sample_image("flower.jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by a quarter to see it upright
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    np.testing.assert_array_equal(read_image(tmp_path / "turned.png"), np.rot90(pixels, -1))
+
+
+def test_a_run_folder_is_weights_too(tmp_path):
+    from nfnet_lib import train
+    from nfnet_lib.config import PretrainConfig
+    from nfnet_lib.predict import example_picture
+
+    config = PretrainConfig(
+        variant="Ti/4-mini", num_classes=5, examples_per_epoch=64, heldout_examples=32, batch_size=16, resolution=16,
+        eval_resolution=24, image_size=24, optimizer="adamw", peak_lr=0.001, position="sincos2d", pool="map",
+    )  # fmt: skip
+    folder = tmp_path / config.run_id
+    summary = train.run(config, folder, progress=False)
+    assert np.isfinite(summary["heldout_loss"])
+    pixels, origin = example_picture(folder)
+    assert pixels.shape == (24, 24, 3) and "fractals" in origin
+    table = predict(pixels, folder)
+    assert len(table) == 5 and table["probability"].sum() == pytest.approx(1, abs=1e-5)
