@@ -120,7 +120,7 @@ def signal_table(
     """Signal figures of each block of a variant on random normal images, as a DataFrame.
 
     Columns: block, stage, mean_squared, variance, branch_variance (`nfnet.signal_figures`). params: loaded weights, of a
-    `name` from `pretrained.load_weights`; by default fresh ones, with skip_gain in place of the SkipInit gains, which are 0
+    `name` from `weights.load_weights`; by default fresh ones, with skip_gain in place of the SkipInit gains, which are 0
     in a fresh network and would hide the branches.
     """
     import pandas as pd

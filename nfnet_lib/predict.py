@@ -1,4 +1,4 @@
-"""A picture in, the likeliest classes out, with any weights that `pretrained.load_weights` reads."""
+"""A picture in, the likeliest classes out, with any weights that `weights.load_weights` reads."""
 
 import json
 import os
@@ -12,9 +12,9 @@ from jaxtyping import UInt8
 from nfnet_lib import models
 from nfnet_lib.augment import default_margin, eval_views
 from nfnet_lib.config import ConfigError, config_from_params
-from nfnet_lib.pretrained import load_weights
 from nfnet_lib.records import PARAMS
 from nfnet_lib.step import normalise
+from nfnet_lib.weights import load_weights
 
 
 def predict(
@@ -23,7 +23,7 @@ def predict(
 ):  # fmt: skip
     """The `top` likeliest classes of a picture (a file, or its pixels): a DataFrame of class, label, probability.
 
-    weights: see `pretrained.load_weights`. labels: a file of class names (see `read_labels`). resolution: in pixels, by
+    weights: see `weights.load_weights`. labels: a file of class names (see `read_labels`). resolution: in pixels, by
     default that at which the variant is tested (of a run of ours, its eval_resolution; of a ViT file, its own). The view is
     that of evaluation: short side to a little more (32 px from 128 px on), then the centre. FileNotFoundError, WeightsError
     or ConfigError for what can't be read or does not fit.

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from nfnet_lib import models
-from nfnet_lib.config import ConfigError, config_from_params
-from nfnet_lib.records import read_summary, write_bytes
+from nfnet_lib.config import ConfigError
+from nfnet_lib.records import write_bytes
 from nfnet_lib.variants import BOTTLENECK_RULES, VARIANTS, LoadedVariant, Variant, get_variant
 
 
@@ -62,7 +62,8 @@ def load_timm(path: str | os.PathLike) -> tuple[LoadedVariant, models.Params]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
-    read = _read_safetensors if _kind(path) == "safetensors" else _read_torch
+    with path.open("rb") as file:
+        read = _read_safetensors if file.read(9)[8:] == b"{" else _read_torch
     return _from_external(read(path), _TIMM, path)
 
 
@@ -87,25 +88,6 @@ def save_timm(params: models.Params, variant: str, path: str | os.PathLike, *, o
     else:
         raise WeightsError(f"{path.name}: a timm file ends in .safetensors, .pth, .pt or .bin")
     write_bytes(path, content, overwrite=overwrite)
-
-
-def load_weights(path: str | os.PathLike) -> tuple[LoadedVariant, models.Params]:
-    """(variant, params) of any file or run folder that this library knows, told apart by content.
-
-    A finished run's folder, a released Haiku file, a timm file (.safetensors, torch) or a big_vision ViT (.npz).
-    """
-    path = Path(path)
-    if path.is_dir():
-        from nfnet_lib.train import load_params
-
-        config, params = config_from_params(read_summary(path)["config"]), load_params(path)
-        return LoadedVariant(config.variant, num_classes=len(params["head"]["b"]), **config.model_settings), params
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    from nfnet_lib.big_vision import load_big_vision
-
-    readers = {"pickle": load_deepmind, "safetensors": load_timm, "torch": load_timm, "npz": load_big_vision}
-    return readers[_kind(path)](path)
 
 
 # ---- names and layouts -------------------------------------------------------------------------------------------------
@@ -367,19 +349,3 @@ def _arrays_only(flat: Mapping[str, Any], path: Path) -> dict[str, np.ndarray]:
         if not isinstance(array, np.ndarray | np.generic) or array.dtype.hasobject:
             raise WeightsError(f"{path.name}: {name} is a {type(array).__name__}, not an array of numbers")
     return {name: np.asarray(array) for name, array in flat.items()}
-
-
-def _kind(path: Path) -> str:
-    """ "pickle", "torch", "npz" or "safetensors", by the first bytes; WeightsError otherwise."""
-    with path.open("rb") as file:
-        head = file.read(16)
-    if head[:1] == b"\x80":
-        return "pickle"
-    if head[:2] == b"PK":
-        import zipfile
-
-        with zipfile.ZipFile(path) as archive:
-            return "torch" if any(name.endswith("data.pkl") for name in archive.namelist()) else "npz"
-    if head[8:9] == b"{":
-        return "safetensors"
-    raise WeightsError(f"{path.name} is neither a pickle, a .npz, a torch nor a safetensors file")

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nfnet_lib import PROJECT, flops, models, paper
-from nfnet_lib.checkpoint import Checkpoints, leaf_digests
+from nfnet_lib.checkpoint import Checkpoints
 from nfnet_lib.config import ConfigError, FinetuneConfig, PretrainConfig, RunConfig, config_from_params
 from nfnet_lib.loader import eval_batches, train_batches
 from nfnet_lib.optim import make_adamw, make_optimizer
@@ -32,7 +32,7 @@ from nfnet_lib.records import PARAMS, SUMMARY, MetricsWriter, read_metrics, read
 from nfnet_lib.sampler import ExactlyOnceSampler
 from nfnet_lib.sources import Source, cached, load_source
 from nfnet_lib.step import Schedule, eval_step, init_state, train_step
-from nfnet_lib.vit import resample_positions
+from nfnet_lib.weights import load_params, save_params, transfer
 
 STOP = "STOP"  # a file of this name in the run folder asks for one more checkpoint and a clean end
 LOCK_SECONDS = 60
@@ -115,21 +115,6 @@ def small_pretraining(variant: str, study_dir: Path = PROJECT / "outputs" / "by_
     )  # fmt: skip
     run(config, study_dir / config.run_id, cache_dir=study_dir / ".cache")
     return study_dir / config.run_id
-
-
-def load_params(run_dir: str | Path) -> Any:
-    """The parameters of a finished run, as models.create(...).apply takes them: the moving average where it has one."""
-    summary = read_summary(run_dir)
-    with np.load(Path(run_dir) / "params.npz") as file:
-        flat = dict(file)
-    for path, digest in summary["params_digests"].items():
-        if path not in flat or leaf_digests({"": flat[path]})["['']"] != digest:
-            raise ConfigError(f"{run_dir}: params.npz is damaged at {path}")
-    tree: dict = {}
-    for path, array in flat.items():
-        *parents, last = path.split("/")
-        functools.reduce(lambda node, name: node.setdefault(name, {}), parents, tree)[last] = jnp.asarray(array)
-    return tree
 
 
 def _train(config, out_dir, train_source, heldout_source, initial, progress) -> dict[str, Any]:
@@ -215,31 +200,12 @@ def _train(config, out_dir, train_source, heldout_source, initial, progress) -> 
     results = evaluate(state.params)
     if state.ema is not None:
         results |= {f"{name}_ema": value for name, value in evaluate(state.ema).items()}
-    digests = _save_params(out_dir, state.params if state.ema is None else state.ema)
+    digests = save_params(out_dir, state.params if state.ema is None else state.ema)
     checkpoints.close()
     return _summary(
         config, out_dir, train_source.num_classes, results, digests, started=started, seconds=trained_seconds,
         compile_seconds=compile_seconds, wall_seconds=time.perf_counter() - clock,
     )  # fmt: skip
-
-
-def transfer(pretrained: Any, fresh: Any) -> Any:
-    """`fresh` parameters with the body of `pretrained`; a new head. ConfigError if the bodies differ in shape.
-
-    A ViT's learned positions are resampled to the grid of `fresh`.
-    """
-    out = dict(fresh)
-    for name, module in pretrained.items():
-        if name == "head":
-            continue
-        if name == "pos_embedding" and name in fresh:
-            side = round(fresh[name].shape[1] ** 0.5)
-            module = resample_positions(jnp.asarray(module), side, side)
-        shapes = [jax.tree.map(jnp.shape, tree) for tree in (module, fresh.get(name))]
-        if shapes[0] != shapes[1]:
-            raise ConfigError(f"pretrained_run: its {name} does not fit the variant")
-        out[name] = jax.tree.map(jnp.asarray, module)
-    return out
 
 
 # What a compiled program depends on; everything else of a config is data to it.
@@ -324,21 +290,6 @@ def _pretrained_body(config: RunConfig, out_dir: Path) -> Any:
                 f"{name}: {getattr(config, name)!r} is not that of {config.pretrained_run}, {source[name]!r}"
             )
     return load_params(folder)
-
-
-def _save_params(out_dir: Path, params: Any) -> dict[str, str]:
-    """params.npz with one array a parameter, written whole or not at all; returns a digest of each."""
-    flat = {
-        "/".join(str(p.key) for p in path): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
-    partial = out_dir / "params.partial.npz"
-    with partial.open("wb") as file:
-        np.savez(file, **flat)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(out_dir / "params.npz")
-    return {path: leaf_digests({"": array})["['']"] for path, array in flat.items()}
 
 
 def _summary(

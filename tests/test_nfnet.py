@@ -81,6 +81,30 @@ def test_published_counts(name):
     assert flops.forward_macs(variant, variant.test_px, 1000) == pytest.approx(variant.published_macs, rel=1.2e-3)
 
 
+# Parameters (millions, 1,000 classes) and GMACs at 224, 256, 384 and 480 px, counted on the released code's modules;
+# of "+" models with the first stage's bottleneck of each rule.
+COUNTED = {
+    ("F0", "released"): (71.5, 9.49, 12.38, 27.83, 43.48), ("F1", "released"): (132.6, 17.44, 22.76, 51.16, 79.90),
+    ("F2", "released"): (193.8, 25.39, 33.14, 74.48, 116.33), ("F3", "released"): (254.9, 33.34, 43.52, 97.80, 152.76),
+    ("F4", "released"): (316.1, 41.29, 53.89, 121.12, 189.19), ("F5", "released"): (377.2, 49.24, 64.27, 144.44, 225.62),
+    ("F6", "released"): (438.4, 57.19, 74.65, 167.77, 262.05), ("F7", "released"): (499.5, 65.14, 85.03, 191.09, 298.48),
+    ("F3+", "published"): (425.1, 56.92, None, 166.97, 260.80), ("F3+", "released"): (423.4, 51.72, None, None, None),
+    ("F7+", "published"): (832.9, 111.18, 145.12, 326.12, 509.39), ("F7+", "released"): (829.6, 100.74, None, 295.43, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "rule"), COUNTED)
+def test_counts_at_every_resolution(name, rule):
+    variant = get_variant(name)
+    params, *macs = COUNTED[name, rule]
+    assert round(flops.num_params(variant, 1000, rule) / 1e6, 1) == params
+    for px, wanted in zip((224, 256, 384, 480), macs, strict=True):
+        counts = flops.count(variant, px, 1000, rule)["macs"]
+        assert set(counts) == {"stem", "stage0", "stage1", "stage2", "stage3", "final_conv", "head"}
+        if wanted:
+            assert sum(counts.values()) / 1e9 == pytest.approx(wanted, abs=0.0051)
+
+
 @pytest.mark.parametrize("name", ["F0", "F7", "F3+", "F0-mini", "F2+-mini", "F7+-mini"])
 @pytest.mark.parametrize("rule", ["published", "released"])
 def test_counts_are_those_of_the_parameters(name, rule):

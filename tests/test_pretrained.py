@@ -15,7 +15,8 @@ import pytest
 from released import rule, rule_params
 
 from nfnet_lib import models
-from nfnet_lib.pretrained import WeightsError, load_deepmind, load_timm, load_weights, save_deepmind, save_timm
+from nfnet_lib.pretrained import WeightsError, load_deepmind, load_timm, save_deepmind, save_timm
+from nfnet_lib.weights import load_weights
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "tiny.json").read_text())
 

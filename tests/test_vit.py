@@ -11,9 +11,9 @@ from flax import traverse_util
 from nfnet_lib import flops, models
 from nfnet_lib.big_vision import load_big_vision
 from nfnet_lib.pretrained import WeightsError
-from nfnet_lib.train import transfer
 from nfnet_lib.variants import VARIANTS, ViTVariant, get_variant
 from nfnet_lib.vit import resample_positions, sincos_positions
+from nfnet_lib.weights import transfer
 
 FULL = [name for name, variant in VARIANTS.items() if isinstance(variant, ViTVariant) and variant.published_params]
 

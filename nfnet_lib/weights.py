@@ -1,0 +1,98 @@
+"""Weights of runs and of files under one roof: saved, loaded whatever their format, handed over from one run to another."""
+
+import functools
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nfnet_lib import models
+from nfnet_lib.big_vision import load_big_vision
+from nfnet_lib.checkpoint import leaf_digests
+from nfnet_lib.config import ConfigError, config_from_params
+from nfnet_lib.pretrained import WeightsError, load_deepmind, load_timm
+from nfnet_lib.records import read_summary
+from nfnet_lib.variants import LoadedVariant
+from nfnet_lib.vit import resample_positions
+
+
+def load_weights(path: str | os.PathLike) -> tuple[LoadedVariant, models.Params]:
+    """(variant, params) of any file or run folder that this library knows, told apart by content.
+
+    A finished run's folder, a released Haiku file, a timm file (.safetensors, torch) or a big_vision ViT (.npz).
+    """
+    path = Path(path)
+    if path.is_dir():
+        config, params = config_from_params(read_summary(path)["config"]), load_params(path)
+        return LoadedVariant(config.variant, num_classes=len(params["head"]["b"]), **config.model_settings), params
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    readers = {"pickle": load_deepmind, "safetensors": load_timm, "torch": load_timm, "npz": load_big_vision}
+    return readers[_kind(path)](path)
+
+
+def _kind(path: Path) -> str:
+    """What a file is, by its first bytes: pickle, torch, npz or safetensors; WeightsError otherwise."""
+    with path.open("rb") as file:
+        head = file.read(16)
+    if head[:1] == b"\x80":
+        return "pickle"
+    if head[:2] == b"PK":
+        with zipfile.ZipFile(path) as archive:
+            return "torch" if any(name.endswith("data.pkl") for name in archive.namelist()) else "npz"
+    if head[8:9] == b"{":
+        return "safetensors"
+    raise WeightsError(f"{path.name} is neither a pickle, a .npz, a torch nor a safetensors file")
+
+
+def load_params(run_dir: str | Path) -> Any:
+    """The parameters of a finished run, as models.create(...).apply takes them: the moving average where it has one."""
+    summary = read_summary(run_dir)
+    with np.load(Path(run_dir) / "params.npz") as file:
+        flat = dict(file)
+    for path, digest in summary["params_digests"].items():
+        if path not in flat or leaf_digests({"": flat[path]})["['']"] != digest:
+            raise ConfigError(f"{run_dir}: params.npz is damaged at {path}")
+    tree: dict = {}
+    for path, array in flat.items():
+        *parents, last = path.split("/")
+        functools.reduce(lambda node, name: node.setdefault(name, {}), parents, tree)[last] = jnp.asarray(array)
+    return tree
+
+
+def save_params(out_dir: Path, params: Any) -> dict[str, str]:
+    """params.npz with one array a parameter, written whole or not at all; returns a digest of each."""
+    flat = {
+        "/".join(str(p.key) for p in path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    partial = out_dir / "params.partial.npz"
+    with partial.open("wb") as file:
+        np.savez(file, **flat)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(out_dir / "params.npz")
+    return {path: leaf_digests({"": array})["['']"] for path, array in flat.items()}
+
+
+def transfer(pretrained: Any, fresh: Any) -> Any:
+    """`fresh` parameters with the body of `pretrained`; a new head. ConfigError if the bodies differ in shape.
+
+    A ViT's learned positions are resampled to the grid of `fresh`.
+    """
+    out = dict(fresh)
+    for name, module in pretrained.items():
+        if name == "head":
+            continue
+        if name == "pos_embedding" and name in fresh:
+            side = round(fresh[name].shape[1] ** 0.5)
+            module = resample_positions(jnp.asarray(module), side, side)
+        shapes = [jax.tree.map(jnp.shape, tree) for tree in (module, fresh.get(name))]
+        if shapes[0] != shapes[1]:
+            raise ConfigError(f"pretrained_run: its {name} does not fit the variant")
+        out[name] = jax.tree.map(jnp.asarray, module)
+    return out
