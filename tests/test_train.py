@@ -215,3 +215,22 @@ def test_rates_that_diverge_lose_the_search_and_are_not_tried_again(cache, tmp_p
         tuning.tune(tuning.at_lr(config, 2000.0), [], tmp_path, progress=False)
     with pytest.raises(ConfigError, match=r"peak_lr: 0\.05 is not in lr_grid"):
         tuning.tune(config, [0.1], tmp_path)
+
+
+def test_a_vit_learns_with_adamw_and_is_fine_tuned_at_a_higher_resolution(tmp_path, cache):
+    vit = {**TINY, "variant": "Ti/4-mini", "evaluations": 1, "hue_spread": 0.0, "examples_per_epoch": 512, "epoch_budget": 1.0}
+    config = PretrainConfig(**{**vit, "optimizer": "adamw", "peak_lr": 0.004, "num_classes": 4})
+    summary = run(config, tmp_path / config.run_id, cache_dir=cache, progress=False)
+    assert summary["heldout_loss"] < 0.9 * np.log(4)
+    assert summary["num_params"] == sum(p.size for p in jax.tree.leaves(load_params(tmp_path / config.run_id)))
+    tuned = FinetuneConfig(
+        **{**vit, "dataset": "digits", "examples_per_epoch": 64, "image_size": 24, "resolution": 24, "eval_resolution": 32},
+        pretrained_run=config.run_id, rho=0.05, augmult=2, stochdepth_rate=0.1, drop_rate=0.1, optimizer="adamw",
+    )  # fmt: skip
+    summary = run(tuned, tmp_path / tuned.run_id, cache_dir=cache, progress=False)
+    params = load_params(tmp_path / tuned.run_id)
+    assert params["pos_embedding"].shape == (1, 36, 60) and params["head"]["b"].shape == (10,)
+    assert np.isfinite(summary["heldout_loss"]) and summary["examples_drawn"] == summary["images_seen"] // 2
+    other = tuned.model_copy(update={"pool": "map"})
+    with pytest.raises(ConfigError, match="pool: 'map' is not that of"):
+        run(other, tmp_path / "other", cache_dir=cache, progress=False)
