@@ -77,6 +77,19 @@ def _count_vit(variant: ViTVariant, resolution: int, num_classes: int) -> dict[s
     }  # fmt: skip
 
 
+def vit_gflops(variant: ViTVariant, resolution: int, num_classes: int = 1000) -> float:
+    """GFLOPs of one image as arXiv 2106.04560 Table 2 counts them: twice the MACs, and the elementwise operations.
+
+    Of those 5 an attention score (softmax), 8 a normalised channel and 10 a hidden unit of the MLPs (GELU): our reading,
+    which gives the printed figures. They weigh most in the smallest models, 1.4% of Ti/16.
+    """
+    tokens = (resolution // variant.patch) ** 2
+    softmax = 5 * tokens**2 * variant.heads * variant.depth
+    norms = 8 * tokens * variant.width * 2 * variant.depth
+    gelu = 10 * tokens * variant.mlp * variant.depth
+    return (2 * forward_macs(variant, resolution, num_classes) + softmax + norms + gelu) / 1e9
+
+
 def forward_macs(
     variant: Variant | ViTVariant, resolution: int, num_classes: int, bottleneck_rule: str = "published"
 ) -> int:
@@ -124,7 +137,7 @@ def describe(config):
 def published_table():
     """Every full variant: our counts beside the published ones, parameters in millions, MACs in billions at the test px.
 
-    With 1,000 classes; ViTs' parameters without the head, as they are published.
+    With 1,000 classes; ViTs' parameters without the head and their work in GFLOPs (`vit_gflops`), as they are published.
     """
     import pandas as pd
 
@@ -134,15 +147,16 @@ def published_table():
     for name, variant in VARIANTS.items():
         if not name.endswith("-mini"):
             params, macs = num_params(variant, 1000), forward_macs(variant, variant.test_px, 1000)
+            work, published = macs / 1e9, (variant.published_params, variant.published_macs)
             if isinstance(variant, ViTVariant):
                 params -= count(variant, variant.train_px)["params"]["head"]
-            published = (variant.published_params, variant.published_macs)
+                work, published = vit_gflops(variant, variant.test_px), (published[0], 2 * published[1])
             rows.append(
                 {
                     "variant": name, "family": variant.family, "width": variant.width, "depth": variant.depth,
                     "train/test px": f"{variant.train_px}/{variant.test_px}", "parameters (M)": round(params / 1e6, 1),
                     "published (M)": published[0] and published[0] / 1e6, "GMACs at test px": round(macs / 1e9, 2),
-                    "published (G)": published[1] and published[1] / 1e9,
+                    "counted as published (G)": round(work, 2), "published (G)": published[1] and published[1] / 1e9,
                 }
             )  # fmt: skip
     return pd.DataFrame(rows).set_index("variant")
@@ -171,10 +185,10 @@ def published_agreement(table) -> str:
     for family, rows in table.groupby("family", sort=False):
         known = rows.dropna(subset=["published (M)", "published (G)"])
         params = (known["parameters (M)"] / known["published (M)"] - 1).abs().max()
-        macs = (known["GMACs at test px"] / known["published (G)"] - 1).abs().max()
+        macs = (known["counted as published (G)"] / known["published (G)"] - 1).abs().max()
         sentences.append(
             f"{len(known)} of {len(rows)} {family}s have published counts; the largest relative difference is "
-            f"{params:.2%} in parameters and {macs:.2%} in MACs (the published figures are rounded)."
+            f"{params:.2%} in parameters and {macs:.2%} in work (the published figures are rounded)."
         )
     return " ".join(sentences)
 
