@@ -63,7 +63,7 @@ def _data_show(arguments: argparse.Namespace) -> int:
     import numpy as np
 
     from nfnet_lib.config import PretrainConfig
-    from nfnet_lib.train import load_sources
+    from nfnet_lib.data import load_sources
 
     options = {"dataset": arguments.name} | ({"data_dir": arguments.data_dir} if arguments.data_dir else {})
     if arguments.name == "digits":

@@ -31,8 +31,12 @@ class RunConfig(BaseModel):
     bottleneck_rule: Literal["published", "released"] = Field("published", description='first stage of "+" models')
     pool: Literal["", "gap", "map", "tok"] = Field("", description="of a ViT; empty: as published for the variant")
     position: Literal["learned", "sincos2d"] = Field("learned", description="position embedding of a ViT")
-    dataset: str = Field("fractals", description="fractals | digits | tfds:NAME")
+    dataset: str = Field("fractals", description="fractals | digits | tfds:NAME | folder:DIR | webdataset:DIR")
     data_dir: str = Field("", description="folder of prepared TFDS data; empty: TFDS's default")
+    train_split: str = Field("", description="what the training split is called, train[:90%] for example; empty: train")
+    heldout_split: str = Field("", description="what the held-out split is called; empty: validation, val or test")
+    label_feature: str = Field("", description="of TFDS sets with several kinds of label; empty: label, or the first")
+    exclude: str = Field("", description="file of ids not to train on, as nfnet dedup writes it; empty: none")
     num_classes: int = Field(64, ge=2, le=100_000, description="classes of fractals; other sources state their own")
     image_size: int = Field(40, ge=8, le=4096, description="side in pixels at which fractals and digits are made")
     examples_per_epoch: int = Field(8192, ge=1, description="distinct training examples that make one epoch")
@@ -44,6 +48,10 @@ class RunConfig(BaseModel):
     augmult: int = Field(1, ge=1, le=256, description="views of each image in a batch (repeated augmentation)")
     min_area: float = Field(0.25, gt=0, le=1, description="smallest share of the image that a training crop covers")
     flip: bool = Field(True, description="mirror training images at random")
+    mixup_alpha: float = Field(0.0, ge=0, le=100, description="MixUp of pairs, weights from Beta(alpha, alpha); 0: none")
+    cutmix: bool = Field(False, description="CutMix of pairs; with MixUp, each has half of the pairs")
+    randaugment_layers: int = Field(0, ge=0, le=16, description="random operations on each view; 0: no RandAugment")
+    randaugment_magnitude: float = Field(10.0, ge=0, le=30, description="strength of RandAugment's operations")
     resolution: int = Field(32, ge=8, le=4096, description="training image side in pixels")
     eval_resolution: int = Field(40, ge=8, le=4096, description="evaluation image side in pixels")
     eval_margin: int = Field(-1, ge=-1, description="evaluation resizes by this beyond its crop; -1: 32, or an eighth")
@@ -58,6 +66,8 @@ class RunConfig(BaseModel):
     weight_decay: float = Field(1e-6, ge=0, le=1, description="not on gains and biases; sgd: coupled")
     agc_clip: float = Field(0.01, gt=0, le=1e6, description="adaptive gradient clipping, ratio of norms")
     agc_eps: float = Field(1e-3, gt=0, description="smallest parameter norm that clipping assumes")
+    loss: Literal["softmax", "sigmoid"] = Field("softmax", description="sigmoid: each class by itself, for several labels")
+    head_bias: float = Field(0.0, ge=-100, le=100, description="where the head's bias starts; -10 suits sigmoid")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the training loss; evaluation has none")
     drop_rate: float = Field(0.0, ge=0, lt=1, description="dropout before the head")
     stochdepth_rate: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the last block")
@@ -66,6 +76,9 @@ class RunConfig(BaseModel):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="type of the activations")
     unroll: int = Field(1, ge=1, description="blocks a scan step")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of the initialisation, the data order and the noise")
+    loader_workers: int = Field(1, ge=0, le=512, description="threads that make batches; 0: none but the training's")
+    on_bad: Literal["quarantine", "stop"] = Field("quarantine", description="of examples that can't be read")
+    max_bad_fraction: float = Field(0.001, ge=0, le=1, description="stop when more of the examples than this are bad")
     evaluations: int = Field(1, ge=1, description="held-out evaluations in a run, the last at its end")
     checkpoints: int = Field(4, ge=1, description="checkpoints in a run, the last at its end")
     log_points: int = Field(100, ge=1, description="lines in metrics.jsonl, at most one a step")
@@ -119,6 +132,12 @@ class RunConfig(BaseModel):
             )
         if self.batch_size % self.augmult:
             raise ValueError(f"augmult: {self.augmult} does not divide batch_size={self.batch_size}")
+        if (self.mixup_alpha or self.cutmix) and self.unique_per_step % 2:
+            raise ValueError(
+                f"batch_size: {self.unique_per_step} examples a step can't be mixed in pairs; allowed: even numbers"
+            )
+        if self.loss == "sigmoid" and self.label_smoothing:
+            raise ValueError(f"label_smoothing: {self.label_smoothing} with loss='sigmoid'; allowed: 0")
         views = self.epoch_budget * self.examples_per_epoch
         if round(views) < self.batch_size or abs(views / self.batch_size - round(views / self.batch_size)) > 1e-6:
             below = int(views // self.batch_size) * self.batch_size / self.examples_per_epoch

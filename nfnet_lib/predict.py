@@ -59,7 +59,7 @@ def example_picture(
 
     For a weight file it is scikit-learn's photograph of a flower.
     """
-    from nfnet_lib.train import load_sources
+    from nfnet_lib.data import load_sources
 
     if picture is not None:
         return read_image(picture), Path(picture).name

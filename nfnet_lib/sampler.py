@@ -141,7 +141,11 @@ class ExactlyOnceSampler:
         state: dict, num_examples: int, seed: int, fingerprint: str = "", exclude: np.ndarray | None = None
     ) -> int:
         """Returns the saved position if `state` continues this stream of examples; raises ValueError otherwise."""
-        now = ExactlyOnceSampler(num_examples, seed, exclude).state(0, fingerprint)
+        return ExactlyOnceSampler(num_examples, seed, exclude).resume(state, fingerprint)
+
+    def resume(self, state: dict, fingerprint: str = "") -> int:
+        """The position at which `state` says to go on; ValueError, naming both values, if it is of another stream."""
+        now = self.state(0, fingerprint)
         missing = sorted(now.keys() - state.keys())
         if missing:
             raise ValueError(

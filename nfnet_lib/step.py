@@ -8,7 +8,8 @@ import optax
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from nfnet_lib.augment import MEAN_RGB, STDDEV_RGB
-from nfnet_lib.losses import in_top, softmax_cross_entropy
+from nfnet_lib.loader import Examples
+from nfnet_lib.losses import in_top, sigmoid_cross_entropy, softmax_cross_entropy
 from nfnet_lib.models import Model, Params
 from nfnet_lib.optim import update_ema, warmup_cosine
 from nfnet_lib.sam import sam_gradient
@@ -36,44 +37,55 @@ def normalise(images: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
     return (images.astype(jnp.float32) - jnp.asarray(MEAN_RGB)) / jnp.asarray(STDDEV_RGB)
 
 
-def init_state(model: Model, optimizer: optax.GradientTransformation, key: Key[Array, ""], *, ema: bool) -> TrainState:
-    """Step 0."""
+def init_state(
+    model: Model, optimizer: optax.GradientTransformation, key: Key[Array, ""], *, ema: bool, head_bias: float | int = 0.0
+) -> TrainState:
+    """Step 0. head_bias: where the biases of the head start."""
     params = model.init(key)
+    params["head"]["b"] = params["head"]["b"] + head_bias
     return TrainState(jnp.int32(0), params, optimizer.init(params), jax.tree.map(jnp.copy, params) if ema else None)
 
 
 def train_step(
-    state: TrainState, images: UInt8[Array, "B H W 3"], labels: Int[Array, " B"], schedule: Schedule,
-    key: Key[Array, ""], *, model: Model, optimizer: optax.GradientTransformation,
-    label_smoothing: float, rho: float, ema_decay: float,
+    state: TrainState, examples: Examples, schedule: Schedule, key: Key[Array, ""], *, model: Model,
+    optimizer: optax.GradientTransformation, loss: str, label_smoothing: float, rho: float, ema_decay: float,
 ) -> tuple[TrainState, dict[str, Array]]:  # fmt: skip
-    """The state after one update, and {"loss", "lr", "grad_norm"} of it. key: of the run; the step is folded in here."""
+    """The state after one update, and {"loss", "lr", "grad_norm"} of it: the mean over the examples of weight 1.
 
-    def loss_fn(params, batch, key):
-        images, labels = batch
-        logits = model.apply(params, normalise(images), train=True, key=key)
-        return jnp.mean(softmax_cross_entropy(logits, labels, label_smoothing)), None
+    key: of the run; the step is folded in here. loss: "softmax" or "sigmoid".
+    """
+
+    def loss_fn(params, examples, key):
+        logits = model.apply(params, normalise(examples.images), train=True, key=key)
+        each = example_loss(logits, examples, loss, label_smoothing)
+        return jnp.sum(each * examples.weights) / jnp.maximum(jnp.sum(examples.weights), 1), None
 
     step_key = jax.random.fold_in(key, state.step)
-    (loss, _), grads = sam_gradient(loss_fn, state.params, (images, labels), step_key, rho)
+    (value, _), grads = sam_gradient(loss_fn, state.params, examples, step_key, rho)
     lr = warmup_cosine(state.step, *schedule)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
     ema = update_ema(state.ema, params, state.step, ema_decay) if state.ema is not None else None
-    metrics = {"loss": loss, "lr": lr, "grad_norm": optax.global_norm(grads)}
+    metrics = {"loss": value, "lr": lr, "grad_norm": optax.global_norm(grads)}
     return TrainState(state.step + 1, params, opt_state, ema), metrics
 
 
-def eval_step(
-    params: Params, images: UInt8[Array, "B H W 3"], labels: Int[Array, " B"], weights: Float[Array, " B"],
-    *, model: Model,
-) -> dict[str, Array]:  # fmt: skip
+def eval_step(params: Params, examples: Examples, *, model: Model, loss: str = "softmax") -> dict[str, Array]:
     """Weighted sums over the batch: loss in nats, top-1 and top-5 hits, and the weight itself (0 for padding)."""
-    logits = model.apply(params, normalise(images))
+    logits = model.apply(params, normalise(examples.images))
     each = {
-        "loss": softmax_cross_entropy(logits, labels),
-        "top1": in_top(logits, labels, 1),
-        "top5": in_top(logits, labels, 5),
-        "examples": jnp.ones_like(weights),
+        "loss": example_loss(logits, examples, loss, 0.0),
+        "top1": in_top(logits, examples.labels, 1, examples.label_weights),
+        "top5": in_top(logits, examples.labels, 5, examples.label_weights),
+        "examples": jnp.ones_like(examples.weights),
     }
-    return {name: jnp.sum(value * weights) for name, value in each.items()}
+    return {name: jnp.sum(value * examples.weights) for name, value in each.items()}
+
+
+def example_loss(
+    logits: Float[Array, "B K"], examples: Examples, loss: str, label_smoothing: float | int
+) -> Float[Array, " B"]:
+    """Loss of each example in nats, "softmax" (with label smoothing) or "sigmoid"."""
+    if loss == "sigmoid":
+        return sigmoid_cross_entropy(logits, examples.labels, examples.label_weights)
+    return softmax_cross_entropy(logits, examples.labels, label_smoothing, examples.label_weights)

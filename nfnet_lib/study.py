@@ -80,8 +80,8 @@ def run_study(study: StudyConfig, study_dir: Path) -> tuple[Path, dict[str, str]
     """
     from tqdm.auto import tqdm
 
+    from nfnet_lib.data import load_sources
     from nfnet_lib.report import build_report
-    from nfnet_lib.train import load_sources
 
     _refuse_other_study(study, study_dir)
     cells = [(variant, budget) for variant in study.variants for budget in study.epoch_budgets]

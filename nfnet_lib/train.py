@@ -5,7 +5,6 @@ one without resumes from its newest sound checkpoint, and ends with the numbers 
 """
 
 import contextlib
-import ctypes
 import datetime
 import fcntl
 import functools
@@ -14,7 +13,6 @@ import os
 import subprocess
 import sys
 import time
-import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,20 +21,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nfnet_lib import PROJECT, flops, models, paper
+from nfnet_lib import PROJECT, flops, paper
 from nfnet_lib.checkpoint import Checkpoints
 from nfnet_lib.config import ConfigError, FinetuneConfig, PretrainConfig, RunConfig, config_from_params
-from nfnet_lib.loader import eval_batches, train_batches
-from nfnet_lib.optim import make_adamw, make_optimizer
+from nfnet_lib.data import QUARANTINE, Quarantine, load_sources, make_sampler, run_batches
+from nfnet_lib.loader import on_device
+from nfnet_lib.program import EVAL_BATCH, PROGRAM_PARAMETERS, evaluate, programs
 from nfnet_lib.records import PARAMS, SUMMARY, MetricsWriter, read_metrics, read_summary, write_json
-from nfnet_lib.sampler import ExactlyOnceSampler
-from nfnet_lib.sources import Source, cached, load_source
-from nfnet_lib.step import Schedule, eval_step, init_state, train_step
+from nfnet_lib.sources import cached
+from nfnet_lib.step import Schedule
 from nfnet_lib.weights import load_params, save_params, transfer
 
 STOP = "STOP"  # a file of this name in the run folder asks for one more checkpoint and a clean end
 LOCK_SECONDS = 60
-EVAL_BATCH = 128
 
 
 class Stopped(RuntimeError):
@@ -76,37 +73,6 @@ def run(config: RunConfig, out_dir: str | Path, *, cache_dir: str | Path | None 
         return summary
 
 
-def load_sources(config: RunConfig) -> tuple[Source, Source]:
-    """The training and held-out examples that a config asks for; ConfigError for what does not exist."""
-    options: dict[str, Any] = {}
-    if config.dataset == "fractals":
-        options = {"num_classes": config.num_classes, "seed": config.data_seed, "hue_spread": config.hue_spread}
-    if not config.dataset.startswith("tfds:"):
-        options["image_size"] = config.image_size
-    elif config.data_dir:
-        options["data_dir"] = config.data_dir
-    try:
-        return tuple(
-            load_source(config.dataset, split, num_examples=number, **options)
-            for split, number in (("train", config.examples_per_epoch), ("heldout", config.heldout_examples))
-        )
-    except ValueError as error:
-        text = str(error)
-        raise ConfigError(text if text.startswith("dataset") else f"dataset: {text}") from None
-
-
-def example_views(config: RunConfig, count: int = 24) -> np.ndarray:
-    """The first `count` training views of a run, uint8 [count, resolution, resolution, 3]."""
-    source, _ = load_sources(config)
-    batches = train_batches(
-        source, ExactlyOnceSampler(len(source), config.seed), batch_size=-(-count // config.augmult) * config.augmult,
-        augmult=config.augmult, resolution=config.resolution, seed=config.seed, flip=config.flip,
-        min_area=config.min_area, prefetch=1,
-    )  # fmt: skip
-    with contextlib.closing(batches):
-        return next(batches).images[:count]
-
-
 def small_pretraining(variant: str, study_dir: Path = PROJECT / "outputs" / "by_hand") -> Path:
     """Folder of a pre-training run of a minute or so in study_dir, made unless there: for trying out what follows."""
     config = PretrainConfig(
@@ -123,12 +89,15 @@ def _train(config, out_dir, train_source, heldout_source, initial, progress) -> 
     schedule = Schedule(jnp.float32(config.peak_lr), jnp.int32(config.warmup_steps), jnp.int32(config.steps))
     init_key, noise_key = jax.random.split(jax.random.key(config.seed))
     compile_clock = time.perf_counter()
-    values = tuple((name, getattr(config, name)) for name in _PROGRAM_PARAMETERS)
+    quarantine = Quarantine(out_dir / QUARANTINE, len(train_source), config.max_bad_fraction)
+    values = tuple((name, getattr(config, name)) for name in PROGRAM_PARAMETERS)
     settings = tuple(config.model_settings.items())
-    init, step, eval_function = _programs(
-        values, settings, train_source.num_classes, min(EVAL_BATCH, len(heldout_source))
+    each = [getattr(source, "labels_per_example", 1) for source in (train_source, heldout_source)]
+    labels = (each[0] * (2 if config.mixup_alpha or config.cutmix else 1), each[1])
+    init, step, eval_function = programs(
+        values, settings, train_source.num_classes, labels, min(EVAL_BATCH, len(heldout_source))
     )
-    evaluate = functools.partial(_evaluate, eval_function, config, heldout_source)
+    evaluated = functools.partial(evaluate, eval_function, config, heldout_source, quarantine)
     state = init(init_key)
     compile_seconds = time.perf_counter() - compile_clock
     if initial is not None:
@@ -136,20 +105,17 @@ def _train(config, out_dir, train_source, heldout_source, initial, progress) -> 
         ema = jax.tree.map(jnp.copy, params) if state.ema is not None else None
         state = state._replace(params=params, ema=ema)
 
-    sampler = ExactlyOnceSampler(len(train_source), config.seed)
+    sampler = make_sampler(config, train_source)
     checkpoints = Checkpoints(out_dir / "checkpoints")
-    begin, trained_seconds = 0, 0.0
+    begin, position, trained_seconds = 0, 0, 0.0
     restored = checkpoints.restore(state)
     if restored is not None:
         begin, saved, record = restored
         checkpoints.discard_above(begin)
-        ExactlyOnceSampler.check(record["data"], len(train_source), config.seed, train_source.fingerprint)
+        position = sampler.resume(record["data"], train_source.fingerprint)
         state = jax.tree.map(jnp.asarray, saved)
         trained_seconds = record["seconds"]
-    batches = train_batches(
-        train_source, sampler, batch_size=config.batch_size, augmult=config.augmult, resolution=config.resolution,
-        seed=config.seed, start=begin * config.unique_per_step, flip=config.flip, min_area=config.min_area,
-    )  # fmt: skip
+    batches = run_batches(config, train_source, sampler, start=position)
     log_at = _spread(config.log_points, config.steps)
     save_at = _spread(config.checkpoints, config.steps) - {config.steps}
     eval_at = _spread(config.evaluations, config.steps) - {config.steps}
@@ -173,15 +139,16 @@ def _train(config, out_dir, train_source, heldout_source, initial, progress) -> 
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update(config.batch_size)
 
-        pending = None
+        pending, ahead = None, on_device(batches)
         for number in range(begin + 1, config.steps + 1):
-            batch = next(batches)
-            state, metrics = step(state, batch.images, batch.labels, schedule, noise_key)
+            batch, examples = next(ahead)
+            quarantine.add(batch.bad)
+            state, metrics = step(state, examples, schedule, noise_key)
             if pending is not None:
                 read(pending, number - 1)
             pending = metrics
             stopping = (out_dir / STOP).exists()
-            heldout = evaluate(state.params) if number in eval_at else None
+            heldout = evaluated(state.params) if number in eval_at else None
             if heldout or number in save_at or stopping:
                 read(pending, number, heldout)
                 pending = None
@@ -197,79 +164,16 @@ def _train(config, out_dir, train_source, heldout_source, initial, progress) -> 
             read(pending, config.steps)
         bar.close()
     trained_seconds += time.perf_counter() - loop_clock
-    results = evaluate(state.params)
+    results = evaluated(state.params)
     if state.ema is not None:
-        results |= {f"{name}_ema": value for name, value in evaluate(state.ema).items()}
+        results |= {f"{name}_ema": value for name, value in evaluated(state.ema).items()}
     digests = save_params(out_dir, state.params if state.ema is None else state.ema)
     checkpoints.close()
+    results |= {f"{split}_quarantined": len(ids) for split, ids in quarantine.ids.items()}
     return _summary(
         config, out_dir, train_source.num_classes, results, digests, started=started, seconds=trained_seconds,
         compile_seconds=compile_seconds, wall_seconds=time.perf_counter() - clock,
     )  # fmt: skip
-
-
-# What a compiled program depends on; everything else of a config is data to it.
-_PROGRAM_PARAMETERS = (
-    "variant", "drop_rate", "stochdepth_rate", "dtype", "unroll", "batch_size", "resolution", "eval_resolution",
-    "optimizer", "momentum", "adam_b2", "grad_clip", "weight_decay", "agc_clip", "agc_eps", "label_smoothing", "rho",
-    "ema_decay",
-)  # fmt: skip
-
-
-@functools.lru_cache(maxsize=1)
-def _programs(values: tuple, settings: tuple, num_classes: int, eval_batch: int):
-    """Compiled init(key), step(state, images, labels, schedule, key) and eval_step, shared by the runs of a search."""
-    config = types.SimpleNamespace(**dict(values))
-    model = models.create(
-        config.variant, num_classes, drop_rate=config.drop_rate, stochdepth_rate=config.stochdepth_rate,
-        dtype=jnp.dtype(config.dtype), unroll=config.unroll, **dict(settings),
-    )  # fmt: skip
-    if config.optimizer == "adamw":
-        optimizer = make_adamw(
-            b1=config.momentum, b2=config.adam_b2, weight_decay=config.weight_decay, grad_clip=config.grad_clip
-        )
-    else:
-        optimizer = make_optimizer(
-            momentum=config.momentum, weight_decay=config.weight_decay, agc_clip=config.agc_clip, agc_eps=config.agc_eps
-        )
-    key = jax.random.key(0)
-    schedule = Schedule(jnp.float32(0), jnp.int32(0), jnp.int32(1))
-    init = _compiled(jax.jit(functools.partial(init_state, model, optimizer, ema=config.ema_decay > 0)), key)
-    step = functools.partial(
-        train_step, model=model, optimizer=optimizer, label_smoothing=config.label_smoothing, rho=config.rho,
-        ema_decay=config.ema_decay,
-    )  # fmt: skip
-
-    def batch_shapes(size: int, side: int):
-        return jax.ShapeDtypeStruct((size, side, side, 3), jnp.uint8), jax.ShapeDtypeStruct((size,), jnp.int32)
-
-    shapes = batch_shapes(config.batch_size, config.resolution)
-    step = _compiled(jax.jit(step, donate_argnums=0), init.out_info, *shapes, schedule, key)
-    shapes = (*batch_shapes(eval_batch, config.eval_resolution), jax.ShapeDtypeStruct((eval_batch,), jnp.float32))
-    evaluation = _compiled(jax.jit(functools.partial(eval_step, model=model)), model.param_shapes(), *shapes)
-    return init, step, evaluation
-
-
-def _compiled(function, *arguments):
-    """Compiled ahead of time. glibc keeps the gigabytes that the compiler frees (LOG.md): hand them back."""
-    program = function.lower(*arguments).compile()
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    return program
-
-
-def _evaluate(compiled, config: RunConfig, source: Source, params) -> dict[str, float]:
-    """{"heldout_loss", "heldout_top1", "heldout_top5"} of `params`, each example counted once."""
-    totals = {"loss": 0.0, "top1": 0.0, "top5": 0.0, "examples": 0.0}
-    batches = eval_batches(
-        source, batch_size=min(EVAL_BATCH, len(source)), resolution=config.eval_resolution, margin=config.eval_margin
-    )
-    for images, labels, weights in batches:
-        sums = jax.device_get(compiled(params, images, labels, weights))
-        totals = {name: totals[name] + float(sums[name]) for name in totals}
-    if round(totals["examples"]) != len(source):
-        raise RuntimeError(f"evaluated {totals['examples']} examples of {len(source)}")
-    return {f"heldout_{name}": totals[name] / totals["examples"] for name in ("loss", "top1", "top5")}
 
 
 def _pretrained_body(config: RunConfig, out_dir: Path) -> Any:
@@ -373,7 +277,11 @@ def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
     return {"python": sys.version.split()[0]} | {
-        name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+        name: version(name)
+        for name in (
+            "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy",
+            "simplejpeg", "pillow", "opencv-python-headless",  # what makes pixels of bytes
+        )
     }
 
 
@@ -392,7 +300,7 @@ def _git() -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`python -m nfnet_lib.train params.yaml --out DIR`; exit codes 0 done, 2 bad parameters, 75 stopped."""
+    """`python -m nfnet_lib.train params.yaml --out DIR`; exit codes 0 done, 1 bad data, 2 bad parameters, 75 stopped."""
     import argparse
 
     import yaml
@@ -408,6 +316,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, OSError, yaml.YAMLError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except LoaderError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except Stopped as stop:
         print(stop, file=sys.stderr)
         return 75

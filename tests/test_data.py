@@ -12,9 +12,10 @@ import pytest
 
 from nfnet_lib.augment import DRAWS_PER_VIEW, crop_box, eval_views, train_views
 from nfnet_lib.fractals import HELDOUT_INSTANCE, FractalGenerator
-from nfnet_lib.loader import eval_batches, train_batches
+from nfnet_lib.loader import LoaderError, eval_batches, train_batches
 from nfnet_lib.sampler import ExactlyOnceSampler, uniforms
-from nfnet_lib.sources import ArraySource, FractalSource, cached, decode_image, load_source
+from nfnet_lib.decode import decode_image
+from nfnet_lib.sources import ArraySource, FractalSource, cached, load_source
 
 
 def test_a_fractal_is_a_function_of_seed_class_and_instance():
@@ -158,7 +159,7 @@ def test_processes_share_a_batch_without_overlap_in_the_same_order():
 def test_repeated_augmentation_draws_fewer_examples_and_shows_each_more_often():
     batch = next(stream(batch_size=24, augmult=4))
     assert len(batch.ids) == 6 and batch.position == 6
-    np.testing.assert_array_equal(batch.labels, np.repeat(batch.labels[::4], 4))
+    np.testing.assert_array_equal(batch.labels, np.repeat(batch.labels[::4], 4, axis=0))
     source = load_source("fractals", "train", num_examples=8, num_classes=4, image_size=24)
     views = next(train_batches(source, ExactlyOnceSampler(8, 0), batch_size=8, augmult=4, resolution=16, seed=0)).images
     assert all((views[0] != views[i]).any() for i in range(1, 4)), "the views of an image differ"
@@ -168,21 +169,26 @@ def test_a_failing_example_surfaces_with_its_id():
     class Broken(ArraySource):
         def batch(self, ids):
             if 7 in ids:
-                raise ValueError("no image")
+                raise ValueError("not these")
             return super().batch(ids)
+
+        def __getitem__(self, index):
+            if index == 7:
+                raise ValueError("no image")
+            return super().__getitem__(index)
 
     base = numbered(50)
     broken = Broken("broken", 50, "broken", base.images, base.labels)
-    with pytest.raises(RuntimeError, match=r"examples \[.*7.*\] at position \d+: no image"):
-        for _ in train_batches(broken, ExactlyOnceSampler(50, 1), batch_size=10, resolution=8, seed=0):
+    with pytest.raises(LoaderError, match=r"example 7 of broken at position \d+: no image"):
+        for _ in train_batches(broken, ExactlyOnceSampler(50, 1), batch_size=10, resolution=8, seed=0, on_bad="stop"):
             pass
 
 
 @pytest.mark.parametrize("n,batch", [(50, 16), (16, 16), (3, 8)])
 def test_evaluation_counts_each_example_once(n, batch):
     batches = list(eval_batches(numbered(n), batch_size=batch, resolution=8))
-    assert all(images.shape == (batch, 8, 8, 3) for images, _, _ in batches)
-    labels = np.concatenate([labels[weights > 0] for _, labels, weights in batches])
+    assert all(b.images.shape == (batch, 8, 8, 3) for b in batches)
+    labels = np.concatenate([b.labels[b.weights > 0, 0] for b in batches])
     np.testing.assert_array_equal(labels, np.arange(n))
 
 
@@ -197,14 +203,14 @@ def test_a_tfds_set_is_read_without_tensorflow(tmp_path):
     script = (
         "import json, sys; from nfnet_lib.sources import load_source; import numpy as np\n"
         "source = load_source('tfds:tiny_shapes', 'train', data_dir=sys.argv[1])\n"
-        "images, labels = source.batch(np.arange(len(source)))\n"
-        "print(json.dumps([len(source), source.num_classes, [i.shape for i in images][:1], sorted(labels.tolist()),"
+        "examples = [source[i] for i in range(len(source))]\n"
+        "print(json.dumps([len(source), source.num_classes, examples[0][0].shape, sorted(l for _, (l,) in examples),"
         " 'tensorflow' in sys.modules]))"
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, capture_output=True, text=True,
                           cwd=Path(__file__).parent.parent)  # fmt: skip
     length, classes, shape, labels, tensorflow = json.loads(done.stdout)
-    assert (length, classes, shape, tensorflow) == (12, 3, [[20, 24, 3]], False)
+    assert (length, classes, shape, tensorflow) == (12, 3, [20, 24, 3], False)
     assert labels == sorted([0, 1, 2] * 4)
     with pytest.raises(ValueError, match=r"'tfds:tiny_shape' is not prepared .*tiny_shapes"):
         load_source("tfds:tiny_shape", "train", data_dir=tmp_path)

@@ -63,11 +63,11 @@ def test_saved_parameters_give_the_recorded_loss(finished):
     config, out_dir, summary = finished
     from nfnet_lib.loader import eval_batches
     from nfnet_lib.step import eval_step
-    from nfnet_lib.train import load_sources
+    from nfnet_lib.data import load_sources
 
     model, params = models.create("F0-mini", 8), load_params(out_dir)
     batches = eval_batches(load_sources(config)[1], batch_size=7, resolution=16)
-    totals = [eval_step(params, *map(jax.numpy.asarray, batch), model=model) for batch in batches]
+    totals = [eval_step(params, jax.device_put(batch.examples), model=model) for batch in batches]
     loss = sum(float(t["loss"]) for t in totals) / sum(float(t["examples"]) for t in totals)
     assert loss == pytest.approx(summary["heldout_loss"], rel=1e-4)
 

@@ -1,0 +1,113 @@
+"""The data of a run: sources, exclusions, views and batches as its config asks for them, and the list of bad examples."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64, UInt8
+
+from nfnet_lib.config import ConfigError, RunConfig
+from nfnet_lib.loader import BadExample, Batch, LoaderError, train_batches
+from nfnet_lib.sampler import ExactlyOnceSampler
+from nfnet_lib.sources import Source, load_source
+
+QUARANTINE = "quarantine.jsonl"
+
+
+def load_sources(config: RunConfig) -> tuple[Source, Source]:
+    """The training and held-out examples that a config asks for; ConfigError for what does not exist."""
+    options: dict[str, Any] = {}
+    if config.dataset == "fractals":
+        options = {"num_classes": config.num_classes, "seed": config.data_seed, "hue_spread": config.hue_spread}
+    if ":" not in config.dataset:
+        options["image_size"] = config.image_size
+    elif config.dataset.startswith("tfds:"):
+        options = {"label_feature": config.label_feature, "data_dir": config.data_dir or None}
+    wanted = (
+        ("train", config.examples_per_epoch, config.train_split),
+        ("heldout", config.heldout_examples, config.heldout_split),
+    )
+    try:
+        train, heldout = (
+            load_source(config.dataset, split, num_examples=number, split_name=name, **options)
+            for split, number, name in wanted
+        )
+    except ValueError as error:
+        text = str(error)
+        raise ConfigError(text if text.startswith("dataset") else f"dataset: {text}") from None
+    if train.num_classes != heldout.num_classes:
+        raise ConfigError(
+            f"dataset: {config.dataset!r} has {train.num_classes} classes to train and {heldout.num_classes} held out"
+        )
+    return train, heldout
+
+
+def make_sampler(config: RunConfig, source: Source) -> ExactlyOnceSampler:
+    """The order of a run's examples, without those that `exclude` names."""
+    exclude = load_exclusions(config.exclude, config.dataset, len(source)) if config.exclude else None
+    return ExactlyOnceSampler(len(source), config.seed, exclude)
+
+
+def load_exclusions(path: str | Path, dataset: str, num_examples: int) -> Int64[np.ndarray, " n"]:
+    """Ids below num_examples of the list that `nfnet dedup` wrote at `path`; ConfigError if it is for other data."""
+    try:
+        content = json.loads(Path(path).read_text())
+        ids = np.array(content["ids"], np.int64).reshape(-1)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"exclude: {path} is not a list of ids as `nfnet dedup` writes it: {error}") from None
+    if content.get("dataset") != dataset:
+        raise ConfigError(f"exclude: {path} is for {content.get('dataset')!r}, the run's dataset is {dataset!r}")
+    return ids[ids < num_examples]
+
+
+def run_batches(config: RunConfig, source: Source, sampler: ExactlyOnceSampler, **options: Any) -> Iterator[Batch]:
+    """`loader.train_batches` as a config asks for it."""
+    return train_batches(
+        source, sampler, batch_size=config.batch_size, augmult=config.augmult, resolution=config.resolution,
+        seed=config.seed, flip=config.flip, min_area=config.min_area, mixup_alpha=config.mixup_alpha,
+        cutmix=config.cutmix, randaugment_layers=config.randaugment_layers,
+        randaugment_magnitude=config.randaugment_magnitude, on_bad=config.on_bad,
+        normalise_labels=config.loss == "softmax", **{"workers": config.loader_workers, **options},
+    )  # fmt: skip
+
+
+def example_views(config: RunConfig, count: int = 24) -> UInt8[np.ndarray, "n H W 3"]:
+    """The first `count` training views of a run, [count, resolution, resolution, 3]."""
+    source, _ = load_sources(config)
+    views: list[np.ndarray] = []
+    with contextlib.closing(run_batches(config, source, make_sampler(config, source), workers=0)) as batches:
+        while len(views) < count:
+            views += list(next(batches).images)
+    return np.stack(views[:count])
+
+
+class Quarantine:
+    """The examples of a run that could not be read, in a file, each once; LoaderError above the allowed share.
+
+    One bad example is always allowed, so that small sets can have one at all.
+    """
+
+    def __init__(self, path: Path, num_examples: int, max_fraction: float | int):
+        self.path, self.num_examples, self.max_fraction = path, num_examples, max_fraction
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.ids: dict[str, set[int]] = {"train": set(), "heldout": set()}
+        for line in lines:
+            with contextlib.suppress(ValueError, KeyError):  # the last line of a run that was killed
+                entry = json.loads(line)
+                self.ids[entry["split"]].add(entry["id"])
+
+    def add(self, bad: tuple[BadExample, ...], split: str = "train") -> None:
+        """Write down what is new among `bad`."""
+        for example in bad:
+            if example.id not in self.ids[split]:
+                self.ids[split].add(example.id)
+                with self.path.open("a") as file:
+                    file.write(json.dumps({"split": split, **example._asdict()}) + "\n")
+        if bad and split == "train" and len(self.ids[split]) > max(1, self.max_fraction * self.num_examples):
+            raise LoaderError(
+                f"max_bad_fraction: {len(self.ids[split])} of {self.num_examples} examples can't be read, more than"
+                f" {self.max_fraction:g}; the last, example {bad[-1].id}: {bad[-1].reason}; all are in {self.path.name}"
+            )
