@@ -17,6 +17,7 @@ STDDEV_RGB = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 DRAWS_PER_VIEW = 5  # area, aspect ratio, row, column, flip
 DRAWS_PER_MIX = 3  # share, row, column
 ASPECT = (3 / 4, 4 / 3)  # width / height of a training crop
+SMALL = 64  # pixels; views of laptop studies, which always average when they shrink
 MIN_AREA = 0.08  # of the image, of a training crop ("inception-style", Szegedy et al. 2015)
 
 Image = UInt8[np.ndarray, "H W 3"]
@@ -69,18 +70,18 @@ def train_views(
         raise ValueError(f"uniforms has shape {uniforms.shape}: expected ({len(images)}, >= {DRAWS_PER_VIEW})")
     views = np.empty((len(images), size, size, 3), np.uint8)
     for view, image, draws in zip(views, images, uniforms.tolist(), strict=True):
-        view[:] = train_view(image, draws, augmentation)
+        train_view(image, draws, augmentation, view)
     return views
 
 
 def train_view(
-    image: Image, draws: Sequence[float], augmentation: Augmentation
-) -> UInt8[np.ndarray, "size size 3"]:
-    """Crop and mirror of one image; draws as in `train_views`."""
+    image: Image, draws: Sequence[float], augmentation: Augmentation, out: UInt8[np.ndarray, "size size 3"]
+) -> None:
+    """Write the crop, perhaps mirrored, of one image to `out`; draws as in `train_views`."""
     top, left, height, width = crop_box(image.shape[0], image.shape[1], draws, augmentation.min_area)
-    size = augmentation.resolution
-    resized = _resize(image[top : top + height, left : left + width], size, size)
-    return resized[:, ::-1] if augmentation.flip and draws[4] < 0.5 else resized
+    _resize(image[top : top + height, left : left + width], out)
+    if augmentation.flip and draws[4] < 0.5:
+        cv2.flip(out, 1, dst=out)
 
 
 def mixed(
@@ -129,9 +130,10 @@ def eval_views(images: Images, size: int, margin: int = 0) -> UInt8[np.ndarray, 
         height, width = image.shape[:2]
         scale = (size + margin) / min(height, width)
         height, width = (max(size + margin, round(scale * side)) for side in (height, width))
-        image = _resize(image, height, width, cv2.INTER_CUBIC)
+        resized = np.empty((height, width, 3), np.uint8)
+        _resize(image, resized, enlarge=cv2.INTER_CUBIC)
         top, left = (height - size) // 2, (width - size) // 2
-        view[:] = image[top : top + size, left : left + size]
+        view[:] = resized[top : top + size, left : left + size]
     return views
 
 
@@ -140,9 +142,15 @@ def default_margin(size: int) -> int:
     return 32 if size >= 128 else size // 8
 
 
-def _resize(image: np.ndarray, height: int, width: int, enlarge: int = cv2.INTER_LINEAR) -> np.ndarray:
-    """Area averaging when shrinking (OpenCV's other filters alias), `enlarge` otherwise."""
-    if image.shape[:2] == (height, width):
-        return image
-    shrink = height * width < image.shape[0] * image.shape[1]
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrink else enlarge)
+def _resize(image: np.ndarray, out: np.ndarray, enlarge: int = cv2.INTER_LINEAR) -> None:
+    """Area averaging when shrinking to under SMALL pixels or to less than half, `enlarge` otherwise.
+
+    OpenCV's other filters alias; between half and full size that is slight, the released pipeline did so too (bicubic,
+    nfnets/dataset.py), and averaging would take as long as decoding.
+    """
+    if image.shape == out.shape:
+        out[:] = image
+        return
+    shrink = math.sqrt(image.shape[0] * image.shape[1] / (out.shape[0] * out.shape[1]))
+    average = shrink > (1 if min(out.shape[:2]) < SMALL else 2)
+    cv2.resize(image, out.shape[1::-1], dst=out, interpolation=cv2.INTER_AREA if average else enlarge)

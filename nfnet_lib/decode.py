@@ -15,7 +15,7 @@ FORMATS = ("PNG", "WEBP", "JPEG", "BMP", "GIF", "TIFF", "PPM")  # Pillow has rea
 _FRAMES = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}  # JPEG's start-of-frame markers
 
 
-def decode_image(encoded: bytes | np.ndarray, where: str = "image") -> UInt8[np.ndarray, "H W 3"]:
+def decode_image(encoded: bytes | np.ndarray, where: str = "") -> UInt8[np.ndarray, "H W 3"]:
     """RGB pixels of an encoded image, told apart by content; ValueError, beginning with `where`, for what can't be read.
 
     An array [H, W, 1 or 3] is an image that was stored raw. A JPEG of more than MAX_PIXELS comes scaled down by 2, 4 or 8
@@ -28,7 +28,8 @@ def decode_image(encoded: bytes | np.ndarray, where: str = "image") -> UInt8[np.
             return _jpeg(encoded)
         return _other(encoded)
     except Exception as error:  # Pillow's readers raise many kinds
-        raise ValueError(f"{where}: not a readable image: {error or type(error).__name__}") from error
+        prefix = f"{where}: " if where else ""
+        raise ValueError(f"{prefix}not a readable image: {str(error) or type(error).__name__}") from error
 
 
 def _raw(pixels: np.ndarray) -> np.ndarray:

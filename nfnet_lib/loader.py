@@ -5,13 +5,16 @@ killed goes on with exactly the examples it has not seen. An example that can't 
 named in the batch, so that nothing shifts; a worker that hangs surfaces with the id of the example that it holds.
 """
 
+import atexit
+import contextlib
 import queue
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int32, Int64, UInt8
@@ -30,6 +33,7 @@ from nfnet_lib.sampler import ExactlyOnceSampler, uniforms
 from nfnet_lib.sources import Source
 
 CHUNK = 64  # views that one worker makes at a time: enough to amortise its start, few enough to share a batch out
+EXIT_SECONDS = 5  # that the end of the process waits for threads at work
 RETRY_SECONDS = (0.1, 0.5)  # waits before a failed read is tried again: network mounts hiccup
 
 
@@ -82,7 +86,7 @@ class LoaderError(RuntimeError):
 def train_batches(
     source: Source, sampler: ExactlyOnceSampler, *, batch_size: int, resolution: int, seed: int, augmult: int = 1,
     start: int = 0, process_index: int = 0, process_count: int = 1, workers: int = 1, prefetch: int = 2,
-    on_bad: Literal["quarantine", "stop"] = "quarantine", stall_seconds: float | int = 300,
+    on_bad: str = "quarantine", stall_seconds: float | int = 300,
     normalise_labels: bool = True, **augmentation: Any,
 ) -> Iterator[Batch]:  # fmt: skip
     """Training batches for ever from position `start`; epochs follow each other within a batch, nothing is dropped.
@@ -97,15 +101,14 @@ def train_batches(
         raise ValueError(f"batch_size: {batch_size} is not a multiple of augmult={augmult} x {process_count} processes")
     if workers < 0 or prefetch < 1:
         raise ValueError(f"workers, prefetch: {workers}, {prefetch}; expected at least 0 and 1")
-    if on_bad not in ("quarantine", "stop"):
-        raise ValueError(f"on_bad: {on_bad!r} is not one of quarantine, stop")
+    _check_policy(on_bad)
     how = Augmentation(resolution, **augmentation)
     unique = batch_size // augmult
     share = unique // process_count
     if how.mixes and share % 2:
         raise ValueError(f"batch_size: {share} examples a process and step can't be mixed in pairs; an even number can")
     reader = _Reader(source, on_bad, normalise_labels)
-    chunk = _even(max(2, CHUNK // augmult))
+    chunk = max(2, CHUNK // augmult // 2 * 2)  # even: pairs that are mixed are made together
 
     def jobs() -> Iterator[_Job]:
         position = start
@@ -129,7 +132,7 @@ def train_batches(
 
 def eval_batches(
     source: Source, *, batch_size: int, resolution: int, margin: int = -1, process_index: int = 0, process_count: int = 1,
-    workers: int = 0, prefetch: int = 2, on_bad: Literal["quarantine", "stop"] = "quarantine",
+    workers: int = 0, prefetch: int = 2, on_bad: str = "quarantine",
     stall_seconds: float | int = 300, normalise_labels: bool = True,
 ) -> Iterator[Batch]:  # fmt: skip
     """Every example once, in order; batch_size: over all processes, each of which gets as many batches.
@@ -138,6 +141,7 @@ def eval_batches(
     """
     if batch_size < 1 or batch_size % process_count:
         raise ValueError(f"batch_size: {batch_size} does not divide among {process_count} processes")
+    _check_policy(on_bad)
     margin = default_margin(resolution) if margin < 0 else margin
     reader, share = _Reader(source, on_bad, normalise_labels), batch_size // process_count
 
@@ -253,7 +257,7 @@ def _fill(
 
     def make(image: Any, labels: tuple[int, ...], i: int) -> None:
         for at in range(i * augmult, (i + 1) * augmult):
-            batch.images[first + at] = train_view(image, crops[at], how)
+            train_view(image, crops[at], how, batch.images[first + at])
             reader.label(batch, first + at, labels)
 
     bad = reader.each(batch.ids[rows], positions, make)
@@ -294,8 +298,9 @@ def _empty(size: int, resolution: int, labels: int) -> Batch:
     )  # fmt: skip
 
 
-def _even(number: int) -> int:
-    return number - number % 2
+def _check_policy(on_bad: str) -> None:
+    if on_bad not in ("quarantine", "stop"):
+        raise ValueError(f"on_bad: {on_bad!r} is not one of quarantine, stop")
 
 
 def _made_ahead(
@@ -306,37 +311,67 @@ def _made_ahead(
         for job in jobs:
             yield _finished(job, [part() for part in job.parts])
         return
-    tasks: queue.SimpleQueue = queue.SimpleQueue()
-    for _ in range(workers):  # daemons: a thread that hangs must not keep the process from ending
-        threading.Thread(target=_work, args=(tasks,), name="loader", daemon=True).start()
+    pool = _Pool(workers)
     pending: deque[tuple[_Job, list[Future]]] = deque()
     try:
         while True:
             while len(pending) < prefetch and (job := next(jobs, None)) is not None:
-                futures: list[Future] = [Future() for _ in job.parts]
-                for future, part in zip(futures, job.parts, strict=True):
-                    tasks.put((future, part))
-                pending.append((job, futures))
+                pending.append((job, [pool.submit(part) for part in job.parts]))
             if not pending:
                 return
             job, futures = pending.popleft()
             yield _finished(job, [_result(future, reader, stall_seconds) for future in futures])
     finally:
-        for _, futures in pending:
-            for future in futures:
-                future.cancel()
-        for _ in range(workers):
-            tasks.put(None)
+        pool.close()
+
+
+class _Pool:
+    """Threads that a hanging read can't make the process wait for: concurrent.futures joins its threads for ever."""
+
+    def __init__(self, workers: int):
+        self.tasks: queue.SimpleQueue = queue.SimpleQueue()
+        self.threads = [
+            threading.Thread(target=_work, args=(self.tasks,), name="loader", daemon=True) for _ in range(workers)
+        ]
+        for thread in self.threads:
+            thread.start()
+        _POOLS.add(self)
+
+    def submit(self, part: Callable[[], list[BadExample]]) -> Future:
+        future: Future = Future()
+        self.tasks.put((future, part))
+        return future
+
+    def close(self) -> None:
+        """Forget what has not begun; the threads end with what they are at."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self.tasks.get_nowait()
+        for _ in self.threads:
+            self.tasks.put(None)
+
+
+_POOLS: weakref.WeakSet[_Pool] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_pools() -> None:
+    """A daemon thread that comes out of C++ code while the interpreter is taken down aborts the process."""
+    deadline = time.monotonic() + EXIT_SECONDS
+    for pool in list(_POOLS):
+        pool.close()
+        for thread in pool.threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
 
 def _work(tasks: queue.SimpleQueue) -> None:
     while (task := tasks.get()) is not None:
         future, part = task
-        if future.set_running_or_notify_cancel():
-            try:
-                future.set_result(part())
-            except BaseException as error:
-                future.set_exception(error)
+        try:
+            future.set_result(part())
+        except BaseException as error:
+            future.set_exception(error)
+        del task, future, part  # a waiting thread keeps no batch alive
 
 
 def _result(future: Future, reader: _Reader, stall_seconds: float | int) -> list[BadExample]:

@@ -46,7 +46,7 @@ def _grey(image: Image) -> np.ndarray:
     return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
 
 
-def _affine(image: Image, matrix: Sequence[Sequence[float]]) -> Image:
+def _affine(image: Image, matrix: Sequence[Sequence[float | int]]) -> Image:
     """Each output pixel (x, y) takes the nearest input pixel at matrix @ (x, y, 1)."""
     flags = cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP
     size = (image.shape[1], image.shape[0])

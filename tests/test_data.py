@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from nfnet_lib.augment import DRAWS_PER_VIEW, crop_box, eval_views, train_views
+from nfnet_lib.decode import decode_image
 from nfnet_lib.fractals import HELDOUT_INSTANCE, FractalGenerator
 from nfnet_lib.loader import LoaderError, eval_batches, train_batches
 from nfnet_lib.sampler import ExactlyOnceSampler, uniforms
-from nfnet_lib.decode import decode_image
 from nfnet_lib.sources import ArraySource, FractalSource, cached, load_source
 
 

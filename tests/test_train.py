@@ -61,9 +61,9 @@ def test_the_record_says_what_was_done(finished):
 
 def test_saved_parameters_give_the_recorded_loss(finished):
     config, out_dir, summary = finished
+    from nfnet_lib.data import load_sources
     from nfnet_lib.loader import eval_batches
     from nfnet_lib.step import eval_step
-    from nfnet_lib.data import load_sources
 
     model, params = models.create("F0-mini", 8), load_params(out_dir)
     batches = eval_batches(load_sources(config)[1], batch_size=7, resolution=16)
