@@ -6,9 +6,9 @@
     python benchmarks/input.py --quality 97        on denser JPEGs (default: 90)
 
 The work: decode a JPEG, random-resized crop to 224 px, mirror, batch of 64 as uint8. tf.data: decode whole images, as ours must
-to notice damage anywhere, bilinear; "fused": decode only what the crop needs; "released": fused and
-bicubic, as nfnets/dataset.py. Rounds of all pipelines alternate, each in a process of its own pinned to the same cores; the ratio of a round is between
-neighbours, so that a busy machine slows both.
+to notice damage anywhere, bilinear; "fused": decode only what the crop needs; "released": fused and bicubic, as
+nfnets/dataset.py. Rounds of all pipelines alternate, each in a process of its own pinned to the same cores; the ratio of a
+round is between neighbours, so that a busy machine slows both.
 """
 
 import argparse

@@ -103,7 +103,7 @@ class TFDSSource(EncodedSource):
         try:
             self._data = builder.as_data_source(split=wanted, decoders={"image": tfds.decode.SkipDecoding()})
         except (ValueError, KeyError) as error:
-            raise ValueError(f"dataset: {name!r} has no split {wanted!r}: {', '.join(splits)} ({error})") from None
+            raise ValueError(f"dataset: {name!r} has no split {wanted!r}: {', '.join(splits)}") from error
         labels, feature = _class_label(features[self._feature]), features[self._feature]
         self.labels_per_example = 1 if labels is feature else MAX_LABELS
         length = checked_length(name, split, num_examples, len(self._data))
@@ -283,9 +283,11 @@ def _tar_index(shard: Path) -> list[tuple[int, int, int]]:
     """(offset, bytes, label) of each image of a shard; ValueError if it is cut short."""
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
+    end = 0
     try:
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
+                end = member.offset_data + -(-member.size // 512) * 512
                 if not member.isfile():
                     continue
                 folder, _, file = member.name.rpartition("/")
@@ -300,6 +302,6 @@ def _tar_index(shard: Path) -> list[tuple[int, int, int]]:
         size = shard.stat().st_size
     except (OSError, tarfile.TarError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"dataset: shard {shard.name} can't be read: {error}") from None
-    if any(offset + length > size for offset, length in images.values()):
+    if size < end + 512:  # an archive ends with blocks of zeros
         raise ValueError(f"dataset: shard {shard.name} is cut short")
     return [(*images[key], labels[key]) for key in images if key in labels]

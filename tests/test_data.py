@@ -1,10 +1,6 @@
 """Fractals, sources, views and batches: deterministic, disjoint, and each example where it belongs."""
 
 import hashlib
-import json
-import subprocess
-import sys
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -194,25 +190,3 @@ def test_evaluation_counts_each_example_once(n, batch):
 
 def test_views_draw_enough():
     assert uniforms(0, np.arange(3), 0, DRAWS_PER_VIEW).shape == (3, 5)
-
-
-def test_a_tfds_set_is_read_without_tensorflow(tmp_path):
-    """Written by TFDS's own ArrayRecord writer from serialised examples; TensorFlow is in neither process."""
-    code = (Path(__file__).parent / "write_tfds.py").as_posix()
-    subprocess.run([sys.executable, code, str(tmp_path)], check=True)
-    script = (
-        "import json, sys; from nfnet_lib.sources import load_source; import numpy as np\n"
-        "source = load_source('tfds:tiny_shapes', 'train', data_dir=sys.argv[1])\n"
-        "examples = [source[i] for i in range(len(source))]\n"
-        "print(json.dumps([len(source), source.num_classes, examples[0][0].shape, sorted(l for _, (l,) in examples),"
-        " 'tensorflow' in sys.modules]))"
-    )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, capture_output=True, text=True,
-                          cwd=Path(__file__).parent.parent)  # fmt: skip
-    length, classes, shape, labels, tensorflow = json.loads(done.stdout)
-    assert (length, classes, shape, tensorflow) == (12, 3, [20, 24, 3], False)
-    assert labels == sorted([0, 1, 2] * 4)
-    with pytest.raises(ValueError, match=r"'tfds:tiny_shape' is not prepared .*tiny_shapes"):
-        load_source("tfds:tiny_shape", "train", data_dir=tmp_path)
-    with pytest.raises(ValueError, match="has 12 train examples, 13 were asked"):
-        load_source("tfds:tiny_shapes", "train", num_examples=13, data_dir=tmp_path)

@@ -162,7 +162,8 @@ def bad_files():
     frame = jpeg.index(b"\xff\xc0") + 5
     return {
         "empty": b"", "text": b"<html>404</html>", "truncated": jpeg[: len(jpeg) // 2], "header only": jpeg[:30],
-        "start only": b"\xff\xd8", "part missing": jpeg[: len(jpeg) // 2] + jpeg[len(jpeg) // 2 + 300 :], "png cut": png[: len(png) // 2], "pixel bomb": huge,
+        "part missing": jpeg[: len(jpeg) // 2] + jpeg[len(jpeg) // 2 + 300 :],
+        "start only": b"\xff\xd8", "png cut": png[: len(png) // 2], "pixel bomb": huge,
         "jpeg of no height": jpeg[:frame] + b"\0\0" + jpeg[frame + 2 :],
         "jpeg of 65535 x 65535": jpeg[:frame] + b"\xff\xff\xff\xff" + jpeg[frame + 4 :],
         "program": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", "zeros": bytes(5000),
