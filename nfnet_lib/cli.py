@@ -1,6 +1,7 @@
 """The `nfnet` command. Exit codes: 0 success, 1 something failed, 2 bad input (nothing was written), 130 interrupted."""
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -91,6 +92,25 @@ def _predict(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _dedup(arguments: argparse.Namespace) -> int:
+    from nfnet_lib.dedup import dedup
+
+    sets = [*arguments.sets]
+    train = arguments.train or (sets.pop(0) if sets else None)
+    if train is None:
+        raise ConfigError("train: name the training set: nfnet dedup TRAIN AGAINST, or --train TRAIN --against SET")
+    print(
+        dedup(
+            train, [*sets, *arguments.against], arguments.out, radius=arguments.radius,
+            min_correlation=arguments.min_correlation, weights=arguments.weights, min_cosine=arguments.min_cosine,
+            workers=arguments.workers, data_dir=arguments.data_dir, train_examples=arguments.train_examples,
+            against_examples=arguments.against_examples,
+        )
+    )  # fmt: skip
+    print(f"pairs.csv, exclude.json (for a run's `exclude`) and borderline.png are in {arguments.out}")
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="nfnet", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -120,6 +140,21 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--labels", type=Path, help="class names: one a line, or JSON")
     sub.add_argument("--resolution", type=int, help="in pixels; default: that at which the variant is tested")
     sub.add_argument("--top", type=int, default=5, help="classes to print (default: 5)")
+    sub = command("dedup", _dedup, "Find near-duplicates of held-out pictures in a training set.",
+                  "nfnet dedup --train tfds:places365_small --against tfds:imagenet_v2@test digits --out dedup")  # fmt: skip
+    sets = "a folder of pictures, or NAME[@SPLIT] of a data set"
+    sub.add_argument("sets", nargs="*", help=f"training set, then held-out sets: {sets}")
+    sub.add_argument("--train", help="training set, the same way")
+    sub.add_argument("--against", nargs="+", default=[], help="held-out sets, the same way")
+    sub.add_argument("--out", type=Path, default=Path("dedup"), help="folder for what is found (default: dedup)")
+    sub.add_argument("--radius", type=int, default=10, help="bits of 64 by which hashes may differ (default: 10)")
+    sub.add_argument("--min-correlation", type=float, default=0.93, help="of the laid-over pictures (default: 0.93)")
+    sub.add_argument("--weights", type=Path, help="weights as for nfnet predict: compare pooled features as well")
+    sub.add_argument("--min-cosine", type=float, default=0.9, help="of the pooled features (default: 0.9)")
+    sub.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that read pictures (default: cores)")
+    sub.add_argument("--train-examples", type=int, help="only the first of the training set; fractals need a number")
+    sub.add_argument("--against-examples", type=int, help="only the first of each held-out set")
+    sub.add_argument("--data-dir", help="folder of prepared TFDS data")
     data = commands.add_parser("data", help="Look at data sets.", epilog="example: nfnet data show fractals")
     data_commands = data.add_subparsers(dest="data_command", required=True)
     sub = data_commands.add_parser("show", help="Write a contact sheet.", epilog="example: nfnet data show digits")

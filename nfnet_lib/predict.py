@@ -31,11 +31,33 @@ def predict(
     import pandas as pd
 
     pixels = image if isinstance(image, np.ndarray) else read_image(image)
-    variant, params = load_weights(weights)
-    model = models.create(variant)
+    model, params, prepared = _loaded(weights, resolution)
     names = read_labels(labels, model.num_classes) if labels else [""] * model.num_classes
     if not 1 <= top <= model.num_classes:
         raise ConfigError(f"top: {top} is out of range; allowed: 1 to {model.num_classes}, the classes of the weights")
+    probabilities = np.asarray(jax.nn.softmax(jax.jit(model.apply)(params, prepared([pixels]))[0]))
+    best = np.argsort(-probabilities, kind="stable")[:top]
+    return pd.DataFrame(
+        {"class": best, "label": [names[i] for i in best], "probability": probabilities[best].astype(float)}
+    )
+
+
+def embedder(weights: str | os.PathLike, resolution: int | None = None):
+    """A function from a list of pictures, [H, W, 3] each, to their pooled features, float32 [n, C], of length 1."""
+    model, params, prepared = _loaded(weights, resolution)
+
+    @jax.jit
+    def features(params, inputs):
+        pooled = model.apply_with_features(params, inputs)[1]["features"]
+        return pooled / jnp.linalg.norm(pooled, axis=-1, keepdims=True)
+
+    return lambda pictures: np.asarray(features(params, prepared(pictures)))
+
+
+def _loaded(weights: str | os.PathLike, resolution: int | None):
+    """(model, its parameters, a function from pictures to its inputs at `resolution`, by default that of its test)."""
+    variant, params = load_weights(weights)
+    model = models.create(variant)
     if resolution is None:
         resolution = variant.settings.get("image_size", model.variant.test_px)
         if (Path(weights) / PARAMS).is_file():
@@ -43,13 +65,12 @@ def predict(
     multiple = model.variant.resolution_multiple
     if resolution < multiple or resolution % multiple:
         raise ConfigError(f"resolution: {resolution} is not a multiple of {multiple}, which {variant} needs")
-    view = jnp.asarray(eval_views([pixels], resolution, default_margin(resolution)))
-    inputs = view / 127.5 - 1 if variant.pixels == "unit" else normalise(view)
-    probabilities = np.asarray(jax.nn.softmax(jax.jit(model.apply)(params, inputs)[0]))
-    best = np.argsort(-probabilities, kind="stable")[:top]
-    return pd.DataFrame(
-        {"class": best, "label": [names[i] for i in best], "probability": probabilities[best].astype(float)}
-    )
+
+    def prepared(pictures):
+        views = jnp.asarray(eval_views(pictures, resolution, default_margin(resolution)))
+        return views / 127.5 - 1 if variant.pixels == "unit" else normalise(views)
+
+    return model, params, prepared
 
 
 def example_picture(
