@@ -3,8 +3,9 @@
 The papers removed near-duplicates of the test images from JFT (arXiv 1912.11370, appendix C; 2106.04560, section 3.3) and do
 not say how. Here, in three stages, the training set being streamed once in bounded memory:
 
-1. Perceptual hashes of 64 bits (ImageHash's phash) of the whole picture and of five crops of 95%; those of the held-out
-   side also mirrored. Pairs within `radius` bits come from an exact index (`HammingIndex`): none is missed.
+1. Perceptual hashes of 64 bits (ImageHash's phash) of the whole picture and of crops of 95 and 90% of its sides, more of
+   them on the held-out side, and there also mirrored. Pairs within `radius` bits come from an exact index
+   (`HammingIndex`): none is missed.
 2. The two pictures of a pair, as 64 x 64 grey thumbnails without their coarsest and finest detail, are laid over each other at
    several crops, mirrored or not: the best normalised correlation is the pair's score.
 3. Optionally the cosine of their pooled features under the weights of any model (`weights.load_weights`).
@@ -37,8 +38,10 @@ RADIUS = 10  # bits of 64; benchmarks/dedup.py measures what it and MIN_CORRELAT
 MIN_CORRELATION = 0.93
 MIN_COSINE = 0.9
 THUMB = 64  # pixels
-CROPS = ((0.0, 0.0, 1.0), *((y, x, 0.95) for y, x in ((0, 0), (0, 1), (1, 0), (1, 1), (0.5, 0.5))))  # row, column, side
-SCALES = (1.0, 0.97, 0.95, 0.92)  # of one picture laid over the other
+PLACES = ((0, 0), (0, 1), (1, 0), (1, 1), (0.5, 0.5))
+TRAIN_CROPS = ((0, 0, 1.0), *((y, x, 0.95) for y, x in PLACES), (0.5, 0.5, 0.9))  # row, column, share of each side
+HELDOUT_CROPS = (*TRAIN_CROPS, *((y, x, 0.9) for y, x in PLACES[:4]))
+SCALES = (1.0, 0.97, 0.95, 0.92, 0.9)  # of one picture laid over the other
 BANDS = 4  # of 16 bits
 CHUNK = 256  # training images read at a time
 FILES = ("pairs.csv", "exclude.json", "borderline.png")
@@ -113,10 +116,12 @@ def thumbnail(image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "64 64"]:
     return cv2.resize(grey, (THUMB, THUMB), interpolation=cv2.INTER_AREA)
 
 
-def hashes(thumb: UInt8[np.ndarray, "64 64"]) -> UInt64[np.ndarray, "6"]:
-    """The perceptual hash of the whole thumbnail and of its crops."""
+def hashes(
+    thumb: UInt8[np.ndarray, "64 64"], crops: Sequence[tuple[float | int, float | int, float]]
+) -> UInt64[np.ndarray, " crops"]:
+    """The perceptual hash of each crop of a thumbnail."""
     words = []
-    for row, column, share in CROPS:
+    for row, column, share in crops:
         side = round(THUMB * share)
         top, left = round((THUMB - side) * row), round((THUMB - side) * column)
         crop = Image.fromarray(thumb[top : top + side, left : left + side])
@@ -140,7 +145,7 @@ def correlation(one: UInt8[np.ndarray, "64 64"], other: UInt8[np.ndarray, "64 64
 
 
 class HeldOut:
-    """The held-out side: thumbnails and an index of the hashes of all its pictures, 5 KB each."""
+    """The held-out side: thumbnails and an index of the hashes of all its pictures, 6 KB each."""
 
     def __init__(self, sets: Sequence[tuple[str, Source]], radius: int = RADIUS, workers: int = 1, bar=None):
         self.ids: list[tuple[str, int]] = []
@@ -155,12 +160,12 @@ class HeldOut:
                     continue
                 self.ids.append((name, index))
                 thumbs.append(thumb)
-                words.append(np.concatenate([hashes(thumb), hashes(np.ascontiguousarray(thumb[:, ::-1]))]))
+                words += [hashes(thumb, HELDOUT_CROPS), hashes(np.ascontiguousarray(thumb[:, ::-1]), HELDOUT_CROPS)]
         if not thumbs:
             raise ConfigError(f"against: no readable picture in {', '.join(self.sources)}")
         self.thumbs = np.stack(thumbs)
         self.index = HammingIndex(np.concatenate(words), radius)
-        self._per_picture = 2 * len(CROPS)
+        self._per_picture = 2 * len(HELDOUT_CROPS)
 
     def pairs(
         self, thumbs: Sequence[tuple[int, np.ndarray]], min_correlation: float | int = MIN_CORRELATION
@@ -168,34 +173,25 @@ class HeldOut:
         """All pairs of training pictures (id, thumbnail) and held-out ones within the radius, scored."""
         if not thumbs:
             return []
-        rows, hits, distances = self.index.query(np.concatenate([hashes(thumb) for _, thumb in thumbs]))
-        rows, mirrored = rows // len(CROPS), hits % self._per_picture >= len(CROPS)
+        rows, hits, distances = self.index.query(np.concatenate([hashes(thumb, TRAIN_CROPS) for _, thumb in thumbs]))
+        rows, mirrored = rows // len(TRAIN_CROPS), hits % self._per_picture >= len(HELDOUT_CROPS)
         others = hits // self._per_picture
         out = []
-        keys = np.stack([rows, others], axis=1)
-        order = np.lexsort((distances, others, rows))
-        for start in _starts(keys[order]):
-            at = order[start]
-            row, other = int(rows[at]), int(others[at])
+        for row, other in sorted(set(zip(rows.tolist(), others.tolist(), strict=True))):
             same = (rows == row) & (others == other)
             one, two = thumbs[row][1], self.thumbs[other]
-            flipped = np.ascontiguousarray(two[:, ::-1])
-            scores = {m: correlation(one, flipped if m else two) for m in {bool(x) for x in mirrored[same]}}
+            scores = {
+                flip: correlation(one, np.ascontiguousarray(two[:, ::-1]) if flip else two)
+                for flip in set(mirrored[same].tolist())
+            }
             best = max(scores, key=scores.get)
             out.append(
                 Pair(
-                    thumbs[row][0], *self.ids[other], int(distances[at]), scores[best], float("nan"), best,
+                    thumbs[row][0], *self.ids[other], int(distances[same].min()), scores[best], float("nan"), best,
                     scores[best] >= min_correlation,
                 )
             )  # fmt: skip
         return out
-
-
-def _starts(keys: np.ndarray) -> Iterator[int]:
-    """Where a new row begins in a sorted table."""
-    for i in range(len(keys)):
-        if i == 0 or (keys[i] != keys[i - 1]).any():
-            yield i
 
 
 def _thumbnails(source: Source, workers: int) -> Iterator[tuple[int, np.ndarray | None]]:
