@@ -17,11 +17,12 @@ global, so that the union over shards is the result for the whole set.
 
 import csv
 import json
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import imagehash
@@ -34,6 +35,7 @@ from nfnet_lib.decode import decode_image
 from nfnet_lib.encoded import IMAGE_SUFFIXES
 from nfnet_lib.sources import SPLITS, Source, load_source
 
+MAX_RADIUS = 16
 RADIUS = 10  # bits of 64; benchmarks/dedup.py measures what it and MIN_CORRELATION find
 MIN_CORRELATION = 0.93
 MIN_COSINE = 0.9
@@ -69,8 +71,8 @@ class HammingIndex:
     """
 
     def __init__(self, words: UInt64[np.ndarray, " n"], radius: int = RADIUS):
-        if not 0 <= radius <= 16:
-            raise ValueError(f"radius: {radius} bits; allowed: 0 to 16 of 64")
+        if not 0 <= radius <= MAX_RADIUS:
+            raise ValueError(f"radius: {radius} bits; allowed: 0 to {MAX_RADIUS} of 64")
         self.words, self.radius = words, radius
         self._bands = []
         for band in range(BANDS):
@@ -245,42 +247,49 @@ def open_set(name: str, split: str, data_dir: str | None = None, num_examples: i
 
 
 def dedup(
-    train: str, against: Sequence[str], out_dir: Path, *, radius: int = RADIUS,
-    min_correlation: float | int = MIN_CORRELATION, weights: Path | None = None, min_cosine: float | int = MIN_COSINE,
-    workers: int = 1, data_dir: str | None = None, train_examples: int | None = None,
-    against_examples: int | None = None, progress: bool = True,
+    train: str, against: Sequence[str], out_dir: Path, *, data_dir: str | None = None,
+    train_examples: int | None = None, against_examples: int | None = None, **options: Any,
 ) -> str:  # fmt: skip
-    """Compare every picture of `train` with those of `against`; returns what was found, in a sentence.
+    """`compare` of sets by name (`open_set`); options: those of `compare`."""
+    if not against:
+        raise ConfigError("against: no set to compare with")
+    source = open_set(train, "train", data_dir, train_examples)
+    sets = [(name, open_set(name, "heldout", data_dir, against_examples)) for name in against]
+    dataset = source.name if isinstance(source, PlainFolder) else train.partition("@")[0]
+    return compare(source, sets, out_dir, dataset=dataset, **options)
+
+
+def compare(
+    source: Source, sets: Sequence[tuple[str, Source]], out_dir: Path, *, dataset: str, radius: int = RADIUS,
+    min_correlation: float | int = MIN_CORRELATION, weights: Path | None = None, min_cosine: float | int = MIN_COSINE,
+    workers: int = 1, progress: bool = True,
+) -> str:  # fmt: skip
+    """Compare every training picture with all of `sets`; returns what was found, in a sentence.
 
     Writes to out_dir, which must not hold results yet: pairs.csv with every pair within `radius`, its scores, and whether it
-    counts as a duplicate (correlation, and cosine if there are weights); exclude.json, the ids of the duplicates for a
-    run's `exclude`; borderline.png, the pairs next to the limit on both sides. ConfigError for bad requests.
+    counts as a duplicate (correlation, and cosine if there are weights); exclude.json, the ids of the duplicates for the
+    `exclude` of a run on `dataset`; borderline.png, the pairs next to the limit on both sides. ConfigError for bad requests.
     """
     from tqdm.auto import tqdm
 
-    if not against:
-        raise ConfigError("against: no set to compare with")
     for name, value in (("min_correlation", min_correlation), ("min_cosine", min_cosine)):
         if not -1 <= value <= 1:
             raise ConfigError(f"{name}: {value}; allowed: -1 to 1")
+    if not 0 <= radius <= MAX_RADIUS:
+        raise ConfigError(f"radius: {radius} bits; allowed: 0 to {MAX_RADIUS} of 64")
     if present := [name for name in FILES if (out_dir / name).exists()]:
         raise ConfigError(f"out: {out_dir} already holds {', '.join(present)}; choose another folder")
-    source = open_set(train, "train", data_dir, train_examples)
-    sets = [(name, open_set(name, "heldout", data_dir, against_examples)) for name in against]
     embed = None
     if weights is not None:
         from nfnet_lib.predict import embedder
 
         embed = embedder(weights)
-    total = len(source) + sum(len(other) for _, other in sets)
     excluded: set[int] = set()
     borderline: list[Pair] = []
     number = unreadable = 0
+    total = len(source) + sum(len(other) for _, other in sets)
     with tqdm(total=total, unit="img", desc="dedup", disable=not progress) as bar:
-        try:
-            heldout = HeldOut(sets, radius, workers, bar)
-        except ValueError as error:
-            raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from None
+        heldout = HeldOut(sets, radius, workers, bar)
         out_dir.mkdir(parents=True, exist_ok=True)
         partial = out_dir / "pairs.partial.csv"
         with partial.open("w", newline="") as file:
@@ -303,8 +312,8 @@ def dedup(
                 bar.update(len(chunk))
     partial.replace(out_dir / FILES[0])
     content = {
-        "dataset": train.partition("@")[0] if not Path(train).is_dir() else source.name, "against": list(against),
-        "radius": radius, "min_correlation": min_correlation, "num_examples": len(source), "ids": sorted(excluded),
+        "dataset": dataset, "against": [name for name, _ in sets], "radius": radius, "min_correlation": min_correlation,
+        "num_examples": len(source), "ids": sorted(excluded),
     }  # fmt: skip
     (out_dir / FILES[1]).write_text(json.dumps(content) + "\n")
     cv2.imwrite(str(out_dir / FILES[2]), contact_sheet(borderline, source, heldout.sources)[..., ::-1])
@@ -350,3 +359,21 @@ def read_pairs(out_dir: str | Path):
     import pandas as pd
 
     return pd.read_csv(Path(out_dir) / FILES[0])
+
+
+class Summary(NamedTuple):
+    """What a comparison found: a sentence, and the table of pairs."""
+
+    sentence: str
+    pairs: Any
+
+
+def summary(source: Source, heldout: Source, dataset: str, out_dir: str | Path = "") -> Summary:
+    """Of the comparison in out_dir; without one, of `source` with `heldout`, made here and not kept."""
+    if out_dir:
+        content = json.loads((Path(out_dir) / FILES[1]).read_text())
+        text = f"{len(content['ids'])} of {content['num_examples']} training pictures are near-duplicates of held-out ones"
+        return Summary(text + ".", read_pairs(out_dir))
+    with tempfile.TemporaryDirectory() as folder:
+        text = compare(source, [("heldout", heldout)], Path(folder), dataset=dataset, progress=False)
+        return Summary(text + ".", read_pairs(folder))
