@@ -61,22 +61,19 @@ def _publish(arguments: argparse.Namespace) -> int:
 
 def _data_show(arguments: argparse.Namespace) -> int:
     import cv2
-    import numpy as np
 
-    from nfnet_lib.config import PretrainConfig
-    from nfnet_lib.data import load_sources
+    from nfnet_lib.data_plots import class_name, labels_of
+    from nfnet_lib.dedup import open_set
+    from nfnet_lib.explore import tiles
 
-    options = {"dataset": arguments.name} | ({"data_dir": arguments.data_dir} if arguments.data_dir else {})
-    if arguments.name == "digits":
-        options |= {"examples_per_epoch": 1437, "heldout_examples": 360}
-    source, _ = load_sources(PretrainConfig.from_params(options))
-    images = np.stack([cv2.resize(np.asarray(source[i][0]), (64, 64)) for i in range(64)])
-    sheet = images.reshape(8, 8, 64, 64, 3).transpose(0, 2, 1, 3, 4).reshape(512, 512, 3)
-    if not cv2.imwrite(str(arguments.out), sheet[..., ::-1]):
+    fractals = arguments.name.partition("@")[0] == "fractals"  # which have no end
+    source = open_set(arguments.name, "train", arguments.data_dir, 64 if fractals else None)
+    shown = range(min(64, len(source)))
+    captions = [", ".join(class_name(source, label) for label in labels) for labels in labels_of(source, len(shown))]
+    if not cv2.imwrite(str(arguments.out), tiles([source[i][0] for i in shown], captions)[..., ::-1]):
         raise ConfigError(f"out: {arguments.out} could not be written; its name must end in .png or .jpg")
-    print(
-        f"{source.name}: {len(source)} training examples, {source.num_classes} classes; contact sheet: {arguments.out}"
-    )
+    size = "endless" if fractals else f"{len(source)} examples"
+    print(f"{source.name}: {size}, {source.num_classes} classes; the first {len(shown)}: {arguments.out}")
     return 0
 
 
@@ -159,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     data_commands = data.add_subparsers(dest="data_command", required=True)
     sub = data_commands.add_parser("show", help="Write a contact sheet.", epilog="example: nfnet data show digits")
     sub.set_defaults(function=_data_show)
-    sub.add_argument("name", help="fractals | digits | tfds:NAME")
+    sub.add_argument("name", help="fractals | digits | tfds:NAME | folder:DIR | webdataset:DIR, and @SPLIT if not train")
     sub.add_argument("--out", type=Path, default=Path("sheet.png"), help="picture to write (default: sheet.png)")
     sub.add_argument("--data-dir", help="folder of prepared TFDS data")
     return parser

@@ -22,7 +22,10 @@ def labels_of(source: Source, most: int = LABELS_READ) -> list[tuple[int, ...]]:
         return [(int(label),) for label in source.labels[: len(ids)]]
     if hasattr(source, "encoded"):
         return [source.encoded(i)[1] for i in ids]
-    return [(int(label),) for label in source.batch(np.array(ids))[1]]
+    if hasattr(source, "batch"):
+        return [(int(label),) for label in source.batch(np.array(ids))[1]]
+    labels = [source[i][1] for i in ids]
+    return [label if isinstance(label, tuple) else (int(label),) for label in labels]
 
 
 def class_name(source: Source, label: int) -> str:

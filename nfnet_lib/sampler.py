@@ -86,7 +86,13 @@ class ExactlyOnceSampler:
             raise ValueError(f"exclude names all {self.num_examples} examples: nothing is left to visit")
         self.excluded = ids.size
         self.exclude_hash = hashlib.blake2b(ids.tobytes(), digest_size=8).hexdigest() if ids.size else ""
-        self._gaps = ids - np.arange(ids.size)  # how many kept ids lie below each excluded one
+        # The permutation is one of [0, length); in place of the excluded ids in there come the kept ones beyond.
+        self._holes = ids[ids < self._length]
+        self._substitutes = np.setdiff1d(np.arange(self._length, self.num_examples), ids, assume_unique=True)
+        # Whether a stretch of ids has a hole: nearly all ids are settled by one look, in memory that caches hold.
+        self._shift = max(0, (self._length - 1).bit_length() - max(1, ids.size).bit_length() - 4)
+        self._has_hole = np.zeros(((self._length - 1) >> self._shift) + 1, bool)
+        self._has_hole[self._holes >> self._shift] = True
         self._half_bits = np.uint64(max(1, ((self._length - 1).bit_length() + 1) // 2))
 
     def __len__(self) -> int:
@@ -169,8 +175,11 @@ class ExactlyOnceSampler:
             ids[outside] = _feistel(ids[outside], keys, self._half_bits)
             outside = outside[ids[outside] >= length]
         ids = ids.astype(np.int64)
-        if self.excluded:
-            ids += np.searchsorted(self._gaps, ids, side="right")
+        if self._holes.size:
+            near = np.flatnonzero(self._has_hole[ids >> self._shift])
+            at = np.searchsorted(self._holes, ids[near])
+            inside = self._holes[np.minimum(at, self._holes.size - 1)] == ids[near]
+            ids[near[inside]] = self._substitutes[at[inside]]
         return ids
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import io
+import json
 import struct
 import subprocess
 import sys
@@ -102,6 +103,51 @@ def test_ten_kills_and_other_topologies_each_epoch_once(data):
     kept = np.setdiff1d(np.arange(n), exclude)
     for epoch in range(len(seen) // len(kept)):
         np.testing.assert_array_equal(np.sort(seen[epoch * len(kept) : (epoch + 1) * len(kept)]), kept)
+
+
+WORKER = """
+import json, sys
+sys.path[:0] = ['tests', '.']
+from test_loader import *
+n, seed, index, count, start, batch, augmult = map(int, sys.argv[1:8])
+options = dict(batch_size=batch, augmult=augmult, resolution=6, seed=seed, start=start, workers=2)
+with open(sys.argv[8], 'w') as log:
+    for made in train_batches(numbered(n), ExactlyOnceSampler(n, seed), process_index=index, process_count=count, **options):
+        log.write(json.dumps([made.position, made.ids.tolist()]) + chr(10))
+        log.flush()
+        time.sleep(0.01)
+"""
+
+
+@pytest.mark.slow
+def test_ten_kills_of_real_processes(tmp_path):
+    """SIGKILL at random moments, on 1, 2, 4, 3 processes in turn; resumed from a step that all of them had finished."""
+    rng = np.random.default_rng(0)
+    n, seed, position, seen = 997, 5, 0, []
+    for leg in range(10):
+        count, augmult = (1, 2, 4, 3)[leg % 4], int(rng.choice([1, 2]))
+        batch = count * augmult * int(rng.integers(2, 9))
+        logs = [tmp_path / f"{leg}_{index}" for index in range(count)]
+        numbers = [[n, seed, index, count, position, batch, augmult] for index in range(count)]
+        processes = [
+            subprocess.Popen([sys.executable, "-c", WORKER, *map(str, of), str(log)], cwd=Path(__file__).parent.parent)
+            for of, log in zip(numbers, logs, strict=True)
+        ]
+        deadline = time.monotonic() + 60
+        while not all(log.exists() and log.read_text().count("\n") > 5 for log in logs) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(float(rng.uniform(0, 0.5)))
+        for process in processes:
+            process.kill()
+            process.wait()
+        steps = [[json.loads(line) for line in log.read_text().splitlines(True) if line.endswith("\n")] for log in logs]
+        saved = int(rng.integers(4, min(map(len, steps)) + 1))  # the checkpoint is older than the kill
+        seen += [ids for own in steps for _, ids in own[:saved]]
+        position = steps[0][saved - 1][0]
+    counts = Counter(i for ids in seen for i in ids)
+    epochs, rest = divmod(position, n)
+    assert sum(counts.values()) == position and epochs >= 1
+    assert set(counts.values()) <= {epochs, epochs + 1} and sum(c == epochs + 1 for c in counts.values()) == rest
 
 
 def test_grains_elastic_iterator_keeps_the_same_promise_under_the_same_restarts():
