@@ -238,7 +238,9 @@ class _Reader:
         return self.source[index]
 
     def label(self, batch: Batch, row: int, labels: tuple[int, ...]) -> None:
-        """Write the labels and the weight of a row."""
+        """Write the labels and the weight of a row; ValueError for a label that is none (XLA would clamp it)."""
+        if wrong := [label for label in labels if not 0 <= label < self.source.num_classes]:
+            raise ValueError(f"label {wrong[0]} is not in 0 to {self.source.num_classes - 1}")
         batch.weights[row] = 1.0 if labels or not self.normalise_labels else 0.0
         batch.labels[row, : len(labels)] = labels
         batch.label_weights[row, : len(labels)] = 1 / len(labels) if labels and self.normalise_labels else 1.0

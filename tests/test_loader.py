@@ -368,6 +368,20 @@ def test_a_hanging_worker_surfaces_with_its_example():
     assert time.monotonic() - began < 20
 
 
+def test_labels_out_of_range_are_bad_examples_not_clamped():
+    base = numbered(20)
+    labels = base.labels.copy()
+    labels[[3, 11]] = -1, 20
+    source = ArraySource("wrong", 20, "wrong", base.images, labels)
+    for batches in (
+        train_batches(source, ExactlyOnceSampler(20, 0), batch_size=20, resolution=8, seed=0, workers=0),
+        eval_batches(source, batch_size=20, resolution=8),
+    ):
+        batch = next(batches)
+        assert {(b.id, b.reason) for b in batch.bad} == {(3, "label -1 is not in 0 to 19"), (11, "label 20 is not in 0 to 19")}
+        assert batch.weights.sum() == 18 and not batch.label_weights[batch.weights == 0].any()
+
+
 def test_a_storage_error_is_tried_again():
     calls = []
 
