@@ -10,7 +10,6 @@ import contextlib
 import queue
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -337,7 +336,7 @@ class _Pool:
         ]
         for thread in self.threads:
             thread.start()
-        _POOLS.add(self)
+        _POOLS.append(self)
 
     def submit(self, part: Callable[[], list[BadExample]]) -> Future:
         future: Future = Future()
@@ -351,9 +350,10 @@ class _Pool:
                 self.tasks.get_nowait()
         for _ in self.threads:
             self.tasks.put(None)
+        _POOLS[:] = [pool for pool in _POOLS if any(thread.is_alive() for thread in pool.threads)]
 
 
-_POOLS: weakref.WeakSet[_Pool] = weakref.WeakSet()
+_POOLS: list[_Pool] = []  # with threads at work, also after they were closed
 
 
 @atexit.register
