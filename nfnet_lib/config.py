@@ -72,6 +72,7 @@ class RunConfig(BaseModel):
     drop_rate: float = Field(0.0, ge=0, lt=1, description="dropout before the head")
     stochdepth_rate: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the last block")
     rho: float = Field(0.0, ge=0, le=10, description="radius of the SAM ascent step; 0: plain gradient")
+    ascent_fraction: float = Field(1.0, gt=0, le=1, description="share of the batch from which SAM's ascent step comes")
     ema_decay: float = Field(0.0, ge=0, lt=1, description="exponential moving average of the parameters; 0: none")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="type of the activations")
     unroll: int = Field(1, ge=1, description="blocks a scan step")

@@ -104,9 +104,9 @@ def num_params(
     return sum(count(variant, resolution or variant.train_px, num_classes, bottleneck_rule)["params"].values())
 
 
-def train_flops(macs: int, images_seen: int, rho: float = 0.0) -> float:
-    """Training FLOPs of images_seen views: 6 a MAC, twice that with SAM (rho > 0)."""
-    return 6.0 * macs * images_seen * (2 if rho > 0 else 1)
+def train_flops(macs: int, images_seen: int, rho: float | int = 0.0, ascent_fraction: float | int = 1.0) -> float:
+    """Training FLOPs of images_seen views: 6 a MAC, and with SAM (rho > 0) as much again for its share of ascent."""
+    return 6.0 * macs * images_seen * (1 + (ascent_fraction if rho > 0 else 0))
 
 
 def describe(config):
@@ -121,7 +121,7 @@ def describe(config):
     variant = config.architecture
     macs = forward_macs(variant, config.resolution, config.num_classes, config.bottleneck_rule)
     views = config.steps * config.batch_size
-    total = train_flops(macs, views, config.rho)
+    total = train_flops(macs, views, config.rho, config.ascent_fraction)
     rows = {
         "run": config.run_id,
         "parameters": f"{num_params(variant, config.num_classes, config.bottleneck_rule, config.resolution):,}",

@@ -22,7 +22,7 @@ EVAL_BATCH = 128
 PROGRAM_PARAMETERS = (
     "variant", "drop_rate", "stochdepth_rate", "dtype", "unroll", "batch_size", "resolution", "eval_resolution",
     "loss", "head_bias", "optimizer", "momentum", "adam_b2", "grad_clip", "weight_decay", "agc_clip", "agc_eps",
-    "label_smoothing", "rho", "ema_decay",
+    "label_smoothing", "rho", "ascent_fraction", "ema_decay",
 )  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def programs(values: tuple, settings: tuple, num_classes: int, labels: tuple[int
     init = _compiled(jax.jit(init), key)
     step = functools.partial(
         train_step, model=model, optimizer=optimizer, loss=config.loss, label_smoothing=config.label_smoothing,
-        rho=config.rho, ema_decay=config.ema_decay,
+        rho=config.rho, ascent_fraction=config.ascent_fraction, ema_decay=config.ema_decay,
     )  # fmt: skip
 
     def shapes(size: int, side: int, labels: int):

@@ -48,7 +48,8 @@ def init_state(
 
 def train_step(
     state: TrainState, examples: Examples, schedule: Schedule, key: Key[Array, ""], *, model: Model,
-    optimizer: optax.GradientTransformation, loss: str, label_smoothing: float, rho: float, ema_decay: float,
+    optimizer: optax.GradientTransformation, loss: str, label_smoothing: float, rho: float, ascent_fraction: float,
+    ema_decay: float,
 ) -> tuple[TrainState, dict[str, Array]]:  # fmt: skip
     """The state after one update, and {"loss", "lr", "grad_norm"} of it: the mean over the examples of weight 1.
 
@@ -61,7 +62,9 @@ def train_step(
         return jnp.sum(each * examples.weights) / jnp.maximum(jnp.sum(examples.weights), 1), None
 
     step_key = jax.random.fold_in(key, state.step)
-    (value, _), grads = sam_gradient(loss_fn, state.params, examples, step_key, rho)
+    (value, _), grads = sam_gradient(
+        loss_fn, state.params, examples, step_key, rho, ascent_fraction=ascent_fraction
+    )
     lr = warmup_cosine(state.step, *schedule)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)

@@ -202,7 +202,7 @@ def _summary(
     variant = config.architecture
     macs = flops.forward_macs(variant, config.resolution, num_classes, config.bottleneck_rule)
     images_seen = config.steps * config.batch_size
-    total = flops.train_flops(macs, images_seen, config.rho)
+    total = flops.train_flops(macs, images_seen, config.rho, config.ascent_fraction)
     curve = read_metrics(out_dir)["loss"]
     cores = len(os.sched_getaffinity(0)) if jax.default_backend() == "cpu" else jax.device_count()
     return {

@@ -12,7 +12,6 @@ from nfnet_lib import models
 from nfnet_lib.agc import adaptive_gradient_clip
 from nfnet_lib.losses import in_top, softmax_cross_entropy
 from nfnet_lib.optim import decay_mask, make_optimizer, update_ema, warmup_cosine
-from nfnet_lib.sam import sam_gradient
 
 
 def noise_like(tree, seed, scale=1.0):
@@ -97,35 +96,6 @@ def test_ema_starts_fast_and_ends_at_its_decay():
     assert float(first["w"][0]) == pytest.approx(0.9)
     late = update_ema({"w": jnp.zeros(1)}, {"w": jnp.ones(1)}, jnp.int32(10**6), 0.99)
     assert float(late["w"][0]) == pytest.approx(0.01)
-
-
-def quadratic(params, batch, key):
-    loss = 0.5 * jnp.sum(batch * params["w"] ** 2)
-    return loss, {"key": jax.random.key_data(key)}
-
-
-def test_sam_on_a_quadratic_has_its_closed_form():
-    params, curvature = {"w": jnp.array([1.0, -2.0, 0.5])}, jnp.array([3.0, 1.0, 0.2])
-    (loss, _), grads = sam_gradient(quadratic, params, curvature, jax.random.key(0), 0.3)
-    g = np.asarray(curvature * params["w"])
-    np.testing.assert_allclose(grads["w"], curvature * (params["w"] + 0.3 * g / np.linalg.norm(g)), rtol=1e-5)
-    assert float(loss) == pytest.approx(float(quadratic(params, curvature, jax.random.key(0))[0]))
-
-
-def test_sam_with_rho_zero_is_the_plain_gradient_to_the_bit():
-    params, curvature = {"w": jnp.array([1.0, -2.0])}, jnp.array([3.0, 1.0])
-    _, grads = sam_gradient(quadratic, params, curvature, jax.random.key(0), 0.0)
-    np.testing.assert_array_equal(
-        grads["w"], jax.grad(lambda p: quadratic(p, curvature, jax.random.key(0))[0])(params)["w"]
-    )
-
-
-def test_sam_survives_a_zero_gradient_and_refuses_a_negative_radius():
-    params = {"w": jnp.zeros(3)}
-    _, grads = sam_gradient(quadratic, params, jnp.ones(3), jax.random.key(0), 0.1)
-    np.testing.assert_array_equal(grads["w"], 0)
-    with pytest.raises(ValueError, match="rho: -1"):
-        sam_gradient(quadratic, params, jnp.ones(3), jax.random.key(0), -1)
 
 
 def test_losses_match_optax_and_numpy():
