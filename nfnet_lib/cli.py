@@ -89,6 +89,28 @@ def _predict(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _finetune(arguments: argparse.Namespace) -> int:
+    import yaml
+
+    from nfnet_lib.finetune import finetune_config
+    from nfnet_lib.records import sentence
+    from nfnet_lib.train import run
+
+    overrides = {}
+    for text in arguments.parameter:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"-p: {text!r} is not NAME=VALUE")
+        overrides[name] = yaml.safe_load(value)
+    config = finetune_config(
+        arguments.weights, arguments.data, epochs=arguments.epochs, batch_size=arguments.batch_size, **overrides
+    )
+    out = arguments.out or PROJECT / "outputs" / "by_hand" / config.run_id
+    print(sentence(run(config, out)))
+    print(f"the run is in {out}; nfnet predict photo.jpg --weights {out}")
+    return 0
+
+
 def _dedup(arguments: argparse.Namespace) -> int:
     from nfnet_lib.dedup import dedup
 
@@ -137,6 +159,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--labels", type=Path, help="class names: one a line, or JSON")
     sub.add_argument("--resolution", type=int, help="in pixels; default: that at which the variant is tested")
     sub.add_argument("--top", type=int, default=5, help="classes to print (default: 5)")
+    sub = command("finetune", _finetune, "Fine-tune weights from a file on a data set, by the published recipe.",
+                  "nfnet finetune --weights F0_haiku.npz --data folder:pets --epochs 5 -p resolution=128")  # fmt: skip
+    sub.add_argument("--weights", type=Path, required=True, help="released Haiku file, timm file, or big_vision .npz")
+    sub.add_argument("--data", required=True, help="digits | tfds:NAME | folder:DIR | webdataset:DIR")
+    sub.add_argument("--epochs", type=float, default=10, help="epochs of compute (default: 10)")
+    sub.add_argument("--batch-size", type=int, default=32, help="views a step (default: 32)")
+    sub.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", help="any other parameter")
+    sub.add_argument("--out", type=Path, help="run folder; default: outputs/by_hand/<run id>")
     sub = command("dedup", _dedup, "Find near-duplicates of held-out pictures in a training set.",
                   "nfnet dedup --train tfds:places365_small --against tfds:imagenet_v2@test digits --out dedup")  # fmt: skip
     sets = "a folder of pictures, or NAME[@SPLIT] of a data set"

@@ -212,12 +212,23 @@ class FinetuneConfig(RunConfig):
     """Fine-tuning as in the paper, section 3: SAM, stochastic depth, dropout, higher resolution, repeated augmentation."""
 
     kind: Literal["finetune"] = "finetune"
-    pretrained_run: str = Field(min_length=1, description="run_id of the pre-training run whose body is taken over")
+    pretrained_run: str = Field("", description="run_id of the pre-training run whose body is taken over")
+    pretrained_weights: str = Field("", description="or a file of released, timm or big_vision weights")
+    head: Literal["new", "keep"] = Field("new", description="keep: of the same classes, its head is taken over, too")
+
+    @model_validator(mode="after")
+    def _check_origin(self) -> "FinetuneConfig":
+        if bool(self.pretrained_run) == bool(self.pretrained_weights):
+            raise ValueError(
+                f"pretrained_run: {self.pretrained_run!r} with pretrained_weights={self.pretrained_weights!r}; name one of them"
+            )
+        return self
 
 
 def config_from_params(params: Mapping[str, Any]) -> PretrainConfig | FinetuneConfig:
-    """PretrainConfig or FinetuneConfig, as `kind` says, or else by whether `pretrained_run` is there."""
-    kind = params.get("kind", "finetune" if "pretrained_run" in params else "pretrain")
+    """PretrainConfig or FinetuneConfig, as `kind` says, or else by whether anything pre-trained is named."""
+    pretrained = {"pretrained_run", "pretrained_weights"} & set(params)
+    kind = params.get("kind", "finetune" if pretrained else "pretrain")
     if kind not in ("pretrain", "finetune"):
         raise ConfigError(f"kind: {kind!r} is not one of pretrain, finetune")
     return (FinetuneConfig if kind == "finetune" else PretrainConfig).from_params(params)

@@ -7,6 +7,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nfnet_lib import models
 from nfnet_lib.config import RunConfig
@@ -76,16 +77,18 @@ def _compiled(function, *arguments):
 
 
 def evaluate(compiled, config: RunConfig, source: Source, quarantine: Quarantine, params) -> dict[str, float]:
-    """{"heldout_loss", "heldout_top1", "heldout_top5"} of `params`, each example that can be read counted once."""
-    totals, read, expected = {"loss": 0.0, "top1": 0.0, "top5": 0.0, "examples": 0.0}, 0, 0.0
+    """{"heldout_loss", "heldout_top1", "heldout_top5", "heldout_ece"}, each example that can be read counted once."""
+    totals: dict[str, np.ndarray] = {}
+    read, expected = 0, 0.0
     for batch in eval_batches(
         source, batch_size=min(EVAL_BATCH, len(source)), resolution=config.eval_resolution, margin=config.eval_margin,
         workers=config.loader_workers, on_bad=config.on_bad, normalise_labels=config.loss == "softmax",
     ):  # fmt: skip
         sums = jax.device_get(compiled(params, batch.examples))
-        totals = {name: totals[name] + float(sums[name]) for name in totals}
+        totals = {name: totals.get(name, 0.0) + np.asarray(value, np.float64) for name, value in sums.items()}
         read, expected = read + len(batch.ids), expected + float(batch.weights.sum())
         quarantine.add(batch.bad, "heldout")
     if read != len(source) or totals["examples"] != expected or not expected:
         raise RuntimeError(f"evaluated {totals['examples']:g} of {expected:g} examples, {read} of {len(source)} read")
-    return {f"heldout_{name}": totals[name] / totals["examples"] for name in ("loss", "top1", "top5")}
+    means = {f"heldout_{name}": float(totals[name] / totals["examples"]) for name in ("loss", "top1", "top5")}
+    return means | {"heldout_ece": float(np.abs(totals["calibration"]).sum() / totals["examples"])}

@@ -363,6 +363,7 @@ def headline(summary: Mapping[str, Any]) -> "pd.DataFrame":
         "held-out loss (nats)": f"{summary['heldout_loss']:.4f}",
         "held-out top-1": f"{summary['heldout_top1']:.1%}",
         "held-out top-5": f"{summary['heldout_top5']:.1%}",
+        "held-out calibration error": f"{summary.get('heldout_ece', float('nan')):.3f}",
         "training loss, last tenth": f"{summary['train_loss']:.4f}",
         "views seen": f"{summary['images_seen']:,}",
         "training FLOPs": f"{summary['train_flops']:.3g}",

@@ -319,6 +319,7 @@ def finetune_table(df: "pd.DataFrame", top1: str = "heldout_top1", compute: str 
     tuned, origins = df[df["kind"] == "finetune"], df[df["kind"] == "pretrain"]
     if len(tuned):
         _require(df, ["pretrained_run"], "df")
+        tuned = tuned[tuned["pretrained_run"] != ""]  # runs from weight files have no pre-training to stand beside
     tuned = tuned.reindex(columns=[*df.columns, *({"augmult", "rho", "pretrained_run"} - set(df.columns))])
     if len(bad := tuned[~tuned[top1].between(0, 1)]):
         raise ValueError(

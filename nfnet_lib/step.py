@@ -14,6 +14,8 @@ from nfnet_lib.models import Model, Params
 from nfnet_lib.optim import update_ema, warmup_cosine
 from nfnet_lib.sam import sam_gradient
 
+CALIBRATION_BINS = 15
+
 
 class TrainState(NamedTuple):
     """step: updates made. ema: the moving average of params, or None."""
@@ -74,7 +76,12 @@ def train_step(
 
 
 def eval_step(params: Params, examples: Examples, *, model: Model, loss: str = "softmax") -> dict[str, Array]:
-    """Weighted sums over the batch: loss in nats, top-1 and top-5 hits, and the weight itself (0 for padding)."""
+    """Weighted sums over the batch: loss in nats, top-1 and top-5 hits, and the weight itself (0 for padding).
+
+    calibration [CALIBRATION_BINS]: of the examples in each bin of the top class's probability, the sum of that probability
+    minus the hits; the expected calibration error is the sum of its magnitudes over that of the weights
+    (Guo et al., arXiv 1706.04599).
+    """
     logits = model.apply(params, normalise(examples.images))
     each = {
         "loss": example_loss(logits, examples, loss, 0.0),
@@ -82,7 +89,11 @@ def eval_step(params: Params, examples: Examples, *, model: Model, loss: str = "
         "top5": in_top(logits, examples.labels, 5, examples.label_weights),
         "examples": jnp.ones_like(examples.weights),
     }
-    return {name: jnp.sum(value * examples.weights) for name, value in each.items()}
+    sums = {name: jnp.sum(value * examples.weights) for name, value in each.items()}
+    confidence = jnp.max(jax.nn.softmax(logits) if loss == "softmax" else jax.nn.sigmoid(logits), axis=-1)
+    bins = jnp.minimum(jnp.floor(confidence * CALIBRATION_BINS), CALIBRATION_BINS - 1)
+    member = bins[:, None] == jnp.arange(CALIBRATION_BINS)
+    return sums | {"calibration": ((confidence - each["top1"]) * examples.weights) @ member}
 
 
 def example_loss(

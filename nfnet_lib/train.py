@@ -30,7 +30,7 @@ from nfnet_lib.program import EVAL_BATCH, PROGRAM_PARAMETERS, evaluate, programs
 from nfnet_lib.records import PARAMS, SUMMARY, MetricsWriter, read_metrics, read_summary, write_json
 from nfnet_lib.sources import cached
 from nfnet_lib.step import Schedule
-from nfnet_lib.weights import load_params, save_params, transfer
+from nfnet_lib.weights import load_pretrained, save_params, transfer
 
 STOP = "STOP"  # a file of this name in the run folder asks for one more checkpoint and a clean end
 LOCK_SECONDS = 60
@@ -57,7 +57,7 @@ def run(config: RunConfig, out_dir: str | Path, *, cache_dir: str | Path | None 
     if config.dtype == "bfloat16" and jax.default_backend() == "cpu":
         print("note: bfloat16 activations are emulated on CPU, and slow", file=sys.stderr)
     train_source, heldout_source = load_sources(config)
-    initial = _pretrained_body(config, out_dir)
+    initial = load_pretrained(config, out_dir.parent) if isinstance(config, FinetuneConfig) else None
     if cache_dir is not None:
         _compilation_cache(Path(cache_dir))
         train_source, heldout_source = (cached(s, Path(cache_dir) / "images") for s in (train_source, heldout_source))
@@ -101,7 +101,7 @@ def _train(config, out_dir, train_source, heldout_source, initial, progress) -> 
     state = init(init_key)
     compile_seconds = time.perf_counter() - compile_clock
     if initial is not None:
-        params = transfer(initial, state.params)
+        params = transfer(initial, state.params, keep_head=config.head == "keep")
         ema = jax.tree.map(jnp.copy, params) if state.ema is not None else None
         state = state._replace(params=params, ema=ema)
 
@@ -174,26 +174,6 @@ def _train(config, out_dir, train_source, heldout_source, initial, progress) -> 
         config, out_dir, train_source.num_classes, results, digests, started=started, seconds=trained_seconds,
         compile_seconds=compile_seconds, wall_seconds=time.perf_counter() - clock,
     )  # fmt: skip
-
-
-def _pretrained_body(config: RunConfig, out_dir: Path) -> Any:
-    """Parameters of the pre-training run beside out_dir that a FinetuneConfig names, or None."""
-    if not isinstance(config, FinetuneConfig):
-        return None
-    folder = out_dir.parent / config.pretrained_run
-    if not (folder / SUMMARY).exists():
-        runs = sorted(path.parent.name for path in out_dir.parent.glob(f"*/{SUMMARY}"))
-        raise ConfigError(
-            f"pretrained_run: {config.pretrained_run!r} is not a finished run beside {out_dir.name}; "
-            f"finished: {', '.join(runs[:5]) or 'none'}"
-        )
-    source = read_summary(folder)["config"]
-    for name in ("variant", "bottleneck_rule", "pool", "position"):
-        if source[name] != getattr(config, name):
-            raise ConfigError(
-                f"{name}: {getattr(config, name)!r} is not that of {config.pretrained_run}, {source[name]!r}"
-            )
-    return load_params(folder)
 
 
 def _summary(

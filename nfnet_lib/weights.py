@@ -13,9 +13,9 @@ import numpy as np
 from nfnet_lib import models
 from nfnet_lib.big_vision import load_big_vision
 from nfnet_lib.checkpoint import leaf_digests
-from nfnet_lib.config import ConfigError, config_from_params
+from nfnet_lib.config import ConfigError, FinetuneConfig, config_from_params
 from nfnet_lib.pretrained import WeightsError, load_deepmind, load_timm
-from nfnet_lib.records import read_summary
+from nfnet_lib.records import SUMMARY, read_summary
 from nfnet_lib.variants import LoadedVariant
 from nfnet_lib.vit import resample_positions
 
@@ -79,20 +79,53 @@ def save_params(out_dir: Path, params: Any) -> dict[str, str]:
     return {path: leaf_digests({"": array})["['']"] for path, array in flat.items()}
 
 
-def transfer(pretrained: Any, fresh: Any) -> Any:
-    """`fresh` parameters with the body of `pretrained`; a new head. ConfigError if the bodies differ in shape.
+def transfer(pretrained: Any, fresh: Any, *, keep_head: bool = False) -> Any:
+    """`fresh` parameters with the body of `pretrained`, and its head where asked. ConfigError if shapes differ.
 
     A ViT's learned positions are resampled to the grid of `fresh`.
     """
     out = dict(fresh)
     for name, module in pretrained.items():
-        if name == "head":
+        if name == "head" and not keep_head:
             continue
         if name == "pos_embedding" and name in fresh:
             side = round(fresh[name].shape[1] ** 0.5)
             module = resample_positions(jnp.asarray(module), side, side)
         shapes = [jax.tree.map(jnp.shape, tree) for tree in (module, fresh.get(name))]
         if shapes[0] != shapes[1]:
-            raise ConfigError(f"pretrained_run: its {name} does not fit the variant")
+            what = "the data's classes" if name == "head" else "the variant"
+            raise ConfigError(f"pretrained weights: their {name} does not fit {what}")
         out[name] = jax.tree.map(jnp.asarray, module)
     return out
+
+
+def load_pretrained(config: FinetuneConfig, study_dir: Path) -> models.Params:
+    """What a fine-tuning run starts from: a file, or a finished run in study_dir. ConfigError if it does not fit."""
+    if config.pretrained_weights:
+        try:
+            loaded, params = load_weights(config.pretrained_weights)
+        except (OSError, WeightsError) as error:
+            raise ConfigError(f"pretrained_weights: {error}") from None
+        if loaded.pixels != "imagenet":
+            raise ConfigError(
+                f"pretrained_weights: {config.pretrained_weights} expects pixels in [-1, 1]; fine-tuning normalises by"
+                " ImageNet's channels: use weights that were trained so"
+            )
+        own = {"variant": str(loaded)} | loaded.settings
+        wanted = {"variant": config.variant} | config.model_settings
+        origin = config.pretrained_weights
+    else:
+        folder = study_dir / config.pretrained_run
+        if not (folder / SUMMARY).exists():
+            runs = sorted(path.parent.name for path in study_dir.glob(f"*/{SUMMARY}"))
+            raise ConfigError(
+                f"pretrained_run: {config.pretrained_run!r} is not a finished run in {study_dir.name}; "
+                f"finished: {', '.join(runs[:5]) or 'none'}"
+            )
+        own = read_summary(folder)["config"]
+        wanted = {name: getattr(config, name) for name in ("variant", "bottleneck_rule", "pool", "position")}
+        params, origin = load_params(folder), config.pretrained_run
+    for name in wanted.keys() & own.keys() - {"image_size"}:
+        if own[name] != wanted[name]:
+            raise ConfigError(f"{name}: {wanted[name]!r} is not that of {origin}, {own[name]!r}")
+    return params

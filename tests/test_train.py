@@ -16,8 +16,9 @@ import pytest
 from nfnet_lib import flops, models, tuning
 from nfnet_lib.checkpoint import CheckpointError, Checkpoints
 from nfnet_lib.config import ConfigError, FinetuneConfig, PretrainConfig
-from nfnet_lib.train import NonFiniteLoss, Stopped, load_params, main, run
+from nfnet_lib.train import NonFiniteLoss, Stopped, main, run
 from nfnet_lib.variants import get_variant
+from nfnet_lib.weights import load_params
 
 TINY = {
     "variant": "F0-mini", "num_classes": 8, "image_size": 16, "resolution": 16, "eval_resolution": 16,
@@ -61,15 +62,24 @@ def test_the_record_says_what_was_done(finished):
 
 def test_saved_parameters_give_the_recorded_loss(finished):
     config, out_dir, summary = finished
+    from nfnet_lib.augment import default_margin, eval_views
     from nfnet_lib.data import load_sources
     from nfnet_lib.loader import eval_batches
-    from nfnet_lib.step import eval_step
+    from nfnet_lib.step import eval_step, normalise
 
     model, params = models.create("F0-mini", 8), load_params(out_dir)
     batches = eval_batches(load_sources(config)[1], batch_size=7, resolution=16)
     totals = [eval_step(params, jax.device_put(batch.examples), model=model) for batch in batches]
     loss = sum(float(t["loss"]) for t in totals) / sum(float(t["examples"]) for t in totals)
     assert loss == pytest.approx(summary["heldout_loss"], rel=1e-4)
+    images, labels = load_sources(config)[1].batch(np.arange(30))
+    views = eval_views(images, 16, default_margin(16))
+    logits = np.asarray(model.apply(params, normalise(jax.numpy.asarray(views))), np.float64)
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    top, hits = probabilities.max(1), probabilities.argmax(1) == labels
+    bins = [np.minimum(np.floor(top * 15), 14) == b for b in range(15)]
+    error = sum(abs(top[b].mean() - hits[b].mean()) * b.mean() for b in bins if b.any())
+    assert summary["heldout_ece"] == pytest.approx(error, abs=1e-4)
 
 
 def test_a_finished_run_is_not_run_again(finished):

@@ -1,0 +1,84 @@
+"""Fine-tuning from weight files: one command, any data, and clear words for what does not fit."""
+
+import json
+
+import cv2
+import jax
+import numpy as np
+import pytest
+
+from nfnet_lib import models
+from nfnet_lib.cli import main
+from nfnet_lib.config import ConfigError, FinetuneConfig
+from nfnet_lib.finetune import finetune_config
+from nfnet_lib.pretrained import save_deepmind
+from nfnet_lib.train import run
+from nfnet_lib.weights import load_params, load_weights
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """F0-mini with 7 classes in DeepMind's format."""
+    path = tmp_path_factory.mktemp("weights") / "F0-mini_haiku.npz"
+    save_deepmind(models.create("F0-mini", num_classes=7).init(jax.random.key(3)), "F0-mini", path)
+    return path
+
+
+def picture_folder(root, classes):
+    rng = np.random.default_rng(classes)
+    for i in range(12 * classes):
+        folder = root / f"class{i % classes:02d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = cv2.resize(rng.integers(0, 120, (3, 3, 3), np.uint8), (40, 36)) + np.uint8(i % classes * 12)
+        cv2.imwrite(str(folder / f"{i}.jpg"), pixels)
+    return f"folder:{root}"
+
+
+def test_one_command_from_a_released_file_to_a_folder_of_ten_classes(weights, tmp_path, capsys):
+    data, out = picture_folder(tmp_path / "pictures", 10), tmp_path / "run"
+    arguments = ["finetune", "--weights", str(weights), "--data", data, "--epochs", "2", "--batch-size", "16"]
+    assert main([*arguments, "--out", str(out), "-p", "resolution=32", "-p", "eval_resolution=32"]) == 0
+    assert "F0-mini fine-tuned on folder:" in capsys.readouterr().out
+    summary = json.loads((out / "summary.json").read_text())
+    config = summary["config"]
+    assert config["rho"] == 0.05 and config["drop_rate"] == 0.25 and abs(config["epoch_budget"] - 2) < 0.1
+    assert summary["heldout_quarantined"] == 0 and 0 <= summary["heldout_top1"] <= 1
+    assert load_params(out)["head"]["b"].shape == (10,)
+    start, end = load_weights(weights)[1]["stem"]["conv1"]["w"], load_params(out)["stem"]["conv1"]["w"]
+    distance = float(np.linalg.norm(np.asarray(end) - start) / np.linalg.norm(start))
+    assert 0 < distance < 0.5, "it began where the file says"
+
+
+def test_a_head_is_kept_where_the_classes_are_the_same(weights, tmp_path):
+    data = picture_folder(tmp_path / "seven", 7)
+    options = {"epochs": 1, "batch_size": 16, "resolution": 32, "eval_resolution": 32, "peak_lr": 1e-6, "rho": 0.0}
+    config = finetune_config(weights, data, head="keep", **options)
+    run(config, tmp_path / "kept", progress=False)
+    np.testing.assert_allclose(load_params(tmp_path / "kept")["head"]["w"], load_weights(weights)[1]["head"]["w"], atol=1e-4)
+    other = picture_folder(tmp_path / "five", 5)
+    with pytest.raises(ConfigError, match="their head does not fit the data's classes"):
+        run(finetune_config(weights, other, head="keep", **options), tmp_path / "no", progress=False)
+
+
+def test_what_does_not_fit_is_said_before_anything_is_written(weights, tmp_path, capsys):
+    tiny = {"dataset": "digits", "examples_per_epoch": 64, "heldout_examples": 16, "batch_size": 32}
+    for params, words in (
+        ({"pretrained_weights": str(weights), "variant": "F1-mini"}, "variant: 'F1-mini' is not that of .*, 'F0-mini'"),
+        ({"pretrained_weights": str(tmp_path / "none.npz")}, "pretrained_weights: .*none.npz does not exist"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            run(FinetuneConfig.from_params(tiny | params), tmp_path / "out")
+    for params in ({"kind": "finetune"}, {"pretrained_run": "a", "pretrained_weights": "b"}):
+        with pytest.raises(ConfigError, match=r"pretrained_run: .* name one of them"):
+            FinetuneConfig.from_params(tiny | params)
+    (tmp_path / "junk.npz").write_bytes(b"junk")
+    out = ["--out", str(tmp_path / "out")]
+    for arguments, words in (
+        (["--weights", str(tmp_path / "junk.npz"), "--data", "digits"], "junk.npz is neither"),
+        (["--weights", str(weights), "--data", "digit"], "unknown 'digit'; did you mean digits"),
+        (["--weights", str(weights), "--data", "digits", "-p", "resolutoin=32"], "did you mean resolution"),
+        (["--weights", str(weights), "--data", "digits", "-p", "resolution"], "is not NAME=VALUE"),
+    ):
+        assert main(["finetune", *arguments, *out]) == 2
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
