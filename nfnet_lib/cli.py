@@ -66,12 +66,15 @@ def _data_show(arguments: argparse.Namespace) -> int:
     from nfnet_lib.dedup import open_set
     from nfnet_lib.explore import tiles
 
+    if arguments.out.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise ConfigError(f"out: {arguments.out} must end in .png or .jpg")
+    if not arguments.out.parent.is_dir():
+        raise ConfigError(f"out: {arguments.out.parent} is not a folder")
     fractals = arguments.name.partition("@")[0] == "fractals"  # which have no end
     source = open_set(arguments.name, "train", arguments.data_dir, 64 if fractals else None)
     shown = range(min(64, len(source)))
     captions = [", ".join(class_name(source, label) for label in labels) for labels in labels_of(source, len(shown))]
-    if not cv2.imwrite(str(arguments.out), tiles([source[i][0] for i in shown], captions)[..., ::-1]):
-        raise ConfigError(f"out: {arguments.out} could not be written; its name must end in .png or .jpg")
+    cv2.imwrite(str(arguments.out), tiles([source[i][0] for i in shown], captions)[..., ::-1])
     size = "endless" if fractals else f"{len(source)} examples"
     print(f"{source.name}: {size}, {source.num_classes} classes; the first {len(shown)}: {arguments.out}")
     return 0
