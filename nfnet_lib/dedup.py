@@ -32,7 +32,7 @@ from PIL import Image
 
 from nfnet_lib.config import ConfigError
 from nfnet_lib.decode import decode_image
-from nfnet_lib.encoded import IMAGE_SUFFIXES
+from nfnet_lib.encoded import IMAGE_SUFFIXES, image_files
 from nfnet_lib.sources import SPLITS, Source, load_source
 
 MAX_RADIUS = 16
@@ -219,7 +219,7 @@ class PlainFolder:
     def __init__(self, root: Path):
         self.name = f"images:{root}"
         self.root = root
-        self.files = sorted(p.relative_to(root) for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        self.files = [path.relative_to(root) for path, _ in image_files(root)]
         if not self.files:
             raise ConfigError(f"{root}: holds no pictures ({', '.join(IMAGE_SUFFIXES)})")
 
@@ -292,7 +292,7 @@ def compare(
         heldout = HeldOut(sets, radius, workers, bar)
         out_dir.mkdir(parents=True, exist_ok=True)
         partial = out_dir / "pairs.partial.csv"
-        with partial.open("w", newline="") as file:
+        with partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.writer(file)
             writer.writerow([*Pair._fields, "train_file", "against_file"])
             stream = _thumbnails(source, workers)

@@ -8,6 +8,7 @@ import difflib
 import hashlib
 import json
 import os
+import stat
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -195,13 +196,13 @@ class FolderSource(EncodedSource):
             if folder is None:
                 raise ValueError(f"dataset: {name!r} has no folder {' or '.join(names)} in {root}")
         classes = sorted(p.name for p in (train if train.is_dir() else folder).iterdir() if _is_class(p))
-        files = [(c, path) for c in classes for path in _images(folder / c)]
+        files = [(c, path, size) for c in classes for path, size in image_files(folder / c)]
         unknown = sorted(p.name for p in folder.iterdir() if _is_class(p) and p.name not in classes)
         if unknown:
             raise ValueError(f"dataset: {name!r}: {folder.name} has classes that train lacks: {', '.join(unknown[:3])}")
         ordered = sorted(files, key=lambda file: _path_hash(file[1].relative_to(folder)))
         if folder == root:
-            heldout = [_path_hash(path.relative_to(folder)) % HELDOUT_SHARE == 0 for _, path in ordered]
+            heldout = [_path_hash(path.relative_to(folder)) % HELDOUT_SHARE == 0 for _, path, _ in ordered]
             ordered = [file for file, out in zip(ordered, heldout, strict=True) if out == (split != "train")]
         if not ordered:
             raise ValueError(
@@ -210,8 +211,8 @@ class FolderSource(EncodedSource):
             )
         length = checked_length(name, split, num_examples, len(ordered))
         self._root, index = folder, {c: i for i, c in enumerate(classes)}
-        self._files = [(path.relative_to(folder).as_posix(), index[c]) for c, path in ordered[:length]]
-        sizes = [(path, (folder / path).stat().st_size) for path, _ in self._files]
+        self._files = [(path.relative_to(folder).as_posix(), index[c]) for c, path, _ in ordered[:length]]
+        sizes = [(path, size) for (path, _), (_, _, size) in zip(self._files, ordered, strict=False)]
         super().__init__(f"folder:{root.name}", classes, length, digest(kind="folder", classes=classes, files=sizes))
 
     def _read(self, index: int) -> tuple[bytes, tuple[int, ...]]:
@@ -227,11 +228,25 @@ def _is_class(path: Path) -> bool:
     return path.is_dir() and not path.name.startswith(".")
 
 
-def _images(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    files = (Path(parent) / name for parent, _, names in os.walk(folder) for name in names)
-    return sorted(p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+def image_files(folder: Path) -> list[tuple[Path, int]]:
+    """(path, bytes) of the image files below a folder, by path; -1 bytes for links that lead nowhere.
+
+    Hidden files are left out, and so are pipes and other things that may never end.
+    """
+    found = []
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = Path(parent) / name
+            if path.suffix.lower() not in IMAGE_SUFFIXES or name.startswith("."):
+                continue
+            try:
+                status = path.stat()
+            except OSError:
+                found.append((path, -1))
+                continue
+            if stat.S_ISREG(status.st_mode):
+                found.append((path, status.st_size))
+    return sorted(found)
 
 
 def _path_hash(path: Path) -> int:

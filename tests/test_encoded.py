@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -127,6 +128,21 @@ def test_a_folder_of_class_folders(folder, tmp_path):
     assert load_source(f"folder:{copy}", "train").fingerprint != train.fingerprint or len(
         load_source(f"folder:{copy}", "heldout")
     ) == len(heldout) + 1
+
+
+def test_what_is_no_file_neither_hangs_nor_hides(folder, tmp_path):
+    copy = tmp_path / "pets"
+    subprocess.run(["cp", "-r", str(folder), str(copy)], check=True)
+    os.mkfifo(copy / "cat" / "pipe.jpg")
+    (copy / "cat" / "nowhere.jpg").symlink_to(tmp_path / "missing.jpg")
+    (copy / "dog" / "loop").symlink_to(copy)
+    (copy / "dog" / "a folder.jpg").mkdir()
+    (copy / "eel" / os.fsdecode(b"\xff\xfe odd.jpg")).write_bytes(jpeg(1))
+    sources = [load_source(f"folder:{copy}", split) for split in ("train", "heldout")]
+    names = [source.path(i).name for source in sources for i in range(len(source))]
+    assert len(names) == 202 and "pipe.jpg" not in names
+    bad = [b for source in sources for batch in eval_batches(source, batch_size=64, resolution=8) for b in batch.bad]
+    assert len(bad) == 1 and "No such file" in bad[0].reason
 
 
 def test_a_folder_with_splits(tmp_path):
