@@ -32,6 +32,8 @@ _INTEGERS = (
     "steps",
     "images_seen",
     "examples_drawn",
+    "train_quarantined",
+    "heldout_quarantined",
     "device_count",
     "num_classes",
     "examples_per_epoch",
@@ -46,8 +48,9 @@ _INTEGERS = (
     "eval_resolution",
 )
 _FLOATS = ("train_flops", "seconds", "compile_seconds", "images_per_second", "core_hours", "tpu_v4_core_hours",
-           "heldout_loss", "heldout_top1", "heldout_top5", "train_loss", "epoch_budget", "peak_lr", "weight_decay",
-           "agc_clip", "label_smoothing", "drop_rate", "stochdepth_rate", "ema_decay", "rho")  # fmt: skip
+           "heldout_loss", "heldout_top1", "heldout_top5", "heldout_ece", "train_loss", "epoch_budget", "peak_lr",
+           "weight_decay",
+           "agc_clip", "label_smoothing", "drop_rate", "stochdepth_rate", "ema_decay", "rho", "ascent_fraction")  # fmt: skip
 
 
 class RecordError(ValueError):
@@ -265,9 +268,10 @@ def collect(path: str | os.PathLike, damaged: str = "raise") -> "pd.DataFrame":
 
     Columns: first run_id, kind ("pretrain" or "finetune"), variant, epoch_budget (passes over the data), peak_lr, seed,
     heldout_loss (nats an image), heldout_top1 and heldout_top5 (fractions), train_loss, train_flops
-    (6 * forward_macs * images_seen; SAM doubles), tpu_v4_core_hours (by formula); then every other key of the summary
-    (steps, images_seen, examples_drawn, num_params, forward_macs, seconds, core_hours, versions.*, ...; not the digests
-    of the parameters) and of its config (batch_size, augmult, pretrained_run, ...; flattened without prefix) in
+    (6 * forward_macs * images_seen; SAM adds its share of ascent), tpu_v4_core_hours (by formula); then every other key of
+    the summary (steps, images_seen, examples_drawn, heldout_ece, train_quarantined and heldout_quarantined: examples that
+    could not be read, num_params, forward_macs, seconds, core_hours, versions.*, ...; not the digests of the parameters)
+    and of its config (batch_size, augmult, pretrained_run, ...; flattened without prefix) in
     alphabetic order; last `path`, the run folder relative to the argument. Counts are int64 (Int64 where some runs lack
     them), measures float64. Rows are sorted by kind, variant, epoch_budget, peak_lr, run_id.
 
