@@ -57,7 +57,9 @@ def run(config: RunConfig, out_dir: str | Path, *, cache_dir: str | Path | None 
     if config.dtype == "bfloat16" and jax.default_backend() == "cpu":
         print("note: bfloat16 activations are emulated on CPU, and slow", file=sys.stderr)
     train_source, heldout_source = load_sources(config)
-    initial = load_pretrained(config, out_dir.parent) if isinstance(config, FinetuneConfig) else None
+    initial = None
+    if isinstance(config, FinetuneConfig):
+        initial = load_pretrained(config, out_dir.parent, train_source.num_classes)
     if cache_dir is not None:
         _compilation_cache(Path(cache_dir))
         train_source, heldout_source = (cached(s, Path(cache_dir) / "images") for s in (train_source, heldout_source))

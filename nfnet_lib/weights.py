@@ -93,14 +93,16 @@ def transfer(pretrained: Any, fresh: Any, *, keep_head: bool = False) -> Any:
             module = resample_positions(jnp.asarray(module), side, side)
         shapes = [jax.tree.map(jnp.shape, tree) for tree in (module, fresh.get(name))]
         if shapes[0] != shapes[1]:
-            what = "the data's classes" if name == "head" else "the variant"
-            raise ConfigError(f"pretrained weights: their {name} does not fit {what}")
+            raise ConfigError(f"pretrained weights: their {name} does not fit the variant")
         out[name] = jax.tree.map(jnp.asarray, module)
     return out
 
 
-def load_pretrained(config: FinetuneConfig, study_dir: Path) -> models.Params:
-    """What a fine-tuning run starts from: a file, or a finished run in study_dir. ConfigError if it does not fit."""
+def load_pretrained(config: FinetuneConfig, study_dir: Path, num_classes: int) -> models.Params:
+    """What a fine-tuning run starts from: a file, or a finished run in study_dir.
+
+    ConfigError if it does not fit the config, or its head, where that is kept, the data's num_classes.
+    """
     if config.pretrained_weights:
         try:
             loaded, params = load_weights(config.pretrained_weights)
@@ -128,4 +130,8 @@ def load_pretrained(config: FinetuneConfig, study_dir: Path) -> models.Params:
     for name in wanted.keys() & own.keys() - {"image_size"}:
         if own[name] != wanted[name]:
             raise ConfigError(f"{name}: {wanted[name]!r} is not that of {origin}, {own[name]!r}")
+    if config.head == "keep" and len(params["head"]["b"]) != num_classes:
+        raise ConfigError(
+            f"head: 'keep', but {origin} has {len(params['head']['b'])} classes and the data {num_classes}; allowed: new"
+        )
     return params

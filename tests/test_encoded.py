@@ -204,7 +204,8 @@ def test_a_run_with_every_augmentation_on_a_folder_with_a_bad_file(folder, tmp_p
     subprocess.run(["cp", "-r", str(folder), str(copy)], check=True)
     source, _ = load_sources(small(f"folder:{copy}"))
     source.path(5).write_bytes(b"damaged")
-    config = small(f"folder:{copy}", mixup_alpha=0.2, cutmix=True, randaugment_layers=2, loader_workers=2)
+    every = {"mixup_alpha": 0.2, "cutmix": True, "randaugment_layers": 2, "loader_workers": 2}
+    config = small(f"folder:{copy}", **every)
     summary = run(config, tmp_path / config.run_id, progress=False)
     assert summary["train_quarantined"] == 1 and summary["heldout_quarantined"] == 0
     (line,) = [json.loads(x) for x in (tmp_path / config.run_id / "quarantine.jsonl").read_text().splitlines()]
@@ -212,7 +213,7 @@ def test_a_run_with_every_augmentation_on_a_folder_with_a_bad_file(folder, tmp_p
     source.path(6).write_bytes(b"damaged, too")
     for change, words in (({}, "max_bad_fraction: 2 of 32"), ({"on_bad": "stop"}, "example [56] of folder:pets")):
         with pytest.raises(LoaderError, match=words):
-            run(small(f"folder:{copy}", **change), tmp_path / f"other{len(change)}", progress=False)
+            run(small(f"folder:{copy}", **every, **change), tmp_path / f"other{len(change)}", progress=False)
     assert not (tmp_path / "other0" / "summary.json").exists()
 
 

@@ -18,9 +18,9 @@ from nfnet_lib.weights import load_params, load_weights
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """F0-mini with 7 classes in DeepMind's format."""
+    """F0-mini with 10 classes in DeepMind's format."""
     path = tmp_path_factory.mktemp("weights") / "F0-mini_haiku.npz"
-    save_deepmind(models.create("F0-mini", num_classes=7).init(jax.random.key(3)), "F0-mini", path)
+    save_deepmind(models.create("F0-mini", num_classes=10).init(jax.random.key(3)), "F0-mini", path)
     return path
 
 
@@ -44,20 +44,22 @@ def test_one_command_from_a_released_file_to_a_folder_of_ten_classes(weights, tm
     assert config["rho"] == 0.05 and config["drop_rate"] == 0.25 and abs(config["epoch_budget"] - 2) < 0.1
     assert summary["heldout_quarantined"] == 0 and 0 <= summary["heldout_top1"] <= 1
     assert load_params(out)["head"]["b"].shape == (10,)
+    assert (load_params(out)["head"]["w"] != load_weights(weights)[1]["head"]["w"]).all(), "a new head"
     start, end = load_weights(weights)[1]["stem"]["conv1"]["w"], load_params(out)["stem"]["conv1"]["w"]
     distance = float(np.linalg.norm(np.asarray(end) - start) / np.linalg.norm(start))
     assert 0 < distance < 0.5, "it began where the file says"
 
 
 def test_a_head_is_kept_where_the_classes_are_the_same(weights, tmp_path):
-    data = picture_folder(tmp_path / "seven", 7)
-    options = {"epochs": 1, "batch_size": 16, "resolution": 32, "eval_resolution": 32, "peak_lr": 1e-6, "rho": 0.0}
+    data = picture_folder(tmp_path / "ten", 10)
+    options = {"epochs": 1, "batch_size": 16, "resolution": 32, "eval_resolution": 32, "peak_lr": 1e-6}
     config = finetune_config(weights, data, head="keep", **options)
     run(config, tmp_path / "kept", progress=False)
     np.testing.assert_allclose(load_params(tmp_path / "kept")["head"]["w"], load_weights(weights)[1]["head"]["w"], atol=1e-4)
     other = picture_folder(tmp_path / "five", 5)
-    with pytest.raises(ConfigError, match="their head does not fit the data's classes"):
+    with pytest.raises(ConfigError, match="head: 'keep', but .* has 10 classes and the data 5"):
         run(finetune_config(weights, other, head="keep", **options), tmp_path / "no", progress=False)
+    assert not (tmp_path / "no").exists()
 
 
 def test_what_does_not_fit_is_said_before_anything_is_written(weights, tmp_path, capsys):

@@ -390,7 +390,7 @@ def test_a_storage_error_is_tried_again():
         if len(calls) == 1:
             raise OSError(5, "Input/output error")
 
-    stream = train_batches(Faulty(once), ExactlyOnceSampler(50, 1), batch_size=50, resolution=8, seed=0)
+    stream = train_batches(Faulty(once), ExactlyOnceSampler(50, 1), batch_size=50, resolution=8, seed=0, workers=0)
     assert next(stream).bad == () and len(calls) == 2
     stream.close()
 
