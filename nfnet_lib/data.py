@@ -47,12 +47,19 @@ def load_sources(config: RunConfig) -> tuple[Source, Source]:
 
 def make_sampler(config: RunConfig, source: Source) -> ExactlyOnceSampler:
     """The order of a run's examples, without those that `exclude` names."""
-    exclude = load_exclusions(config.exclude, config.dataset, len(source)) if config.exclude else None
+    exclude = None
+    if config.exclude:
+        exclude = load_exclusions(config.exclude, config.dataset, len(source), config.train_split)
     return ExactlyOnceSampler(len(source), config.seed, exclude)
 
 
-def load_exclusions(path: str | Path, dataset: str, num_examples: int) -> Int64[np.ndarray, " n"]:
-    """Ids below num_examples of the list that `nfnet dedup` wrote at `path`; ConfigError if it is for other data."""
+def load_exclusions(
+    path: str | Path, dataset: str, num_examples: int, split: str = ""
+) -> Int64[np.ndarray, " n"]:
+    """Ids below num_examples of the list that `nfnet dedup` wrote at `path`; ConfigError if it is for other data.
+
+    Ids count within a split, so that a list for another split would leave out the wrong examples.
+    """
     try:
         content = json.loads(Path(path).read_text())
         ids = np.array(content["ids"], np.int64).reshape(-1)
@@ -60,6 +67,9 @@ def load_exclusions(path: str | Path, dataset: str, num_examples: int) -> Int64[
         raise ConfigError(f"exclude: {path} is not a list of ids as `nfnet dedup` writes it: {error}") from None
     if content.get("dataset") != dataset:
         raise ConfigError(f"exclude: {path} is for {content.get('dataset')!r}, the run's dataset is {dataset!r}")
+    found, wanted = (name or "train" for name in (content.get("split", ""), split))
+    if found != wanted:
+        raise ConfigError(f"exclude: {path} is for the split {found!r}, the run's train_split is {wanted!r}")
     return ids[ids < num_examples]
 
 

@@ -255,12 +255,13 @@ def dedup(
         raise ConfigError("against: no set to compare with")
     source = open_set(train, "train", data_dir, train_examples)
     sets = [(name, open_set(name, "heldout", data_dir, against_examples)) for name in against]
-    dataset = source.name if isinstance(source, PlainFolder) else train.partition("@")[0]
-    return compare(source, sets, out_dir, dataset=dataset, **options)
+    dataset, _, split = (source.name, "", "") if isinstance(source, PlainFolder) else train.partition("@")
+    return compare(source, sets, out_dir, dataset=dataset, split=split, **options)
 
 
 def compare(
-    source: Source, sets: Sequence[tuple[str, Source]], out_dir: Path, *, dataset: str, radius: int = RADIUS,
+    source: Source, sets: Sequence[tuple[str, Source]], out_dir: Path, *, dataset: str, split: str = "",
+    radius: int = RADIUS,
     min_correlation: float | int = MIN_CORRELATION, weights: Path | None = None, min_cosine: float | int = MIN_COSINE,
     workers: int = 1, progress: bool = True,
 ) -> str:  # fmt: skip
@@ -268,7 +269,8 @@ def compare(
 
     Writes to out_dir, which must not hold results yet: pairs.csv with every pair within `radius`, its scores, and whether it
     counts as a duplicate (correlation, and cosine if there are weights); exclude.json, the ids of the duplicates for the
-    `exclude` of a run on `dataset`; borderline.png, the pairs next to the limit on both sides. ConfigError for bad requests.
+    `exclude` of a run on this `split` of `dataset`; borderline.png, the pairs next to the limit on both sides. ConfigError
+    for bad requests.
     """
     from tqdm.auto import tqdm
 
@@ -312,8 +314,8 @@ def compare(
                 bar.update(len(chunk))
     partial.replace(out_dir / FILES[0])
     content = {
-        "dataset": dataset, "against": [name for name, _ in sets], "radius": radius, "min_correlation": min_correlation,
-        "num_examples": len(source), "ids": sorted(excluded),
+        "dataset": dataset, "split": split, "against": [name for name, _ in sets], "radius": radius,
+        "min_correlation": min_correlation, "num_examples": len(source), "ids": sorted(excluded),
     }  # fmt: skip
     (out_dir / FILES[1]).write_text(json.dumps(content) + "\n")
     cv2.imwrite(str(out_dir / FILES[2]), contact_sheet(borderline, source, heldout.sources)[..., ::-1])

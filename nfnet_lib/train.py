@@ -57,7 +57,7 @@ def run(config: RunConfig, out_dir: str | Path, *, cache_dir: str | Path | None 
     if config.dtype == "bfloat16" and jax.default_backend() == "cpu":
         print("note: bfloat16 activations are emulated on CPU, and slow", file=sys.stderr)
     train_source, heldout_source = load_sources(config)
-    initial = None
+    sampler, initial = make_sampler(config, train_source), None
     if isinstance(config, FinetuneConfig):
         initial = load_pretrained(config, out_dir.parent, train_source.num_classes)
     if cache_dir is not None:
@@ -69,7 +69,7 @@ def run(config: RunConfig, out_dir: str | Path, *, cache_dir: str | Path | None 
             return read_summary(out_dir)
         write_json(out_dir / PARAMS, config.model_dump(mode="json"))
         (out_dir / STOP).unlink(missing_ok=True)
-        summary = _train(config, out_dir, train_source, heldout_source, initial, progress)
+        summary = _train(config, out_dir, train_source, heldout_source, sampler, initial, progress)
         write_json(out_dir / SUMMARY, summary)
         (out_dir / "failure.json").unlink(missing_ok=True)
         return summary
@@ -85,7 +85,7 @@ def small_pretraining(variant: str, study_dir: Path = PROJECT / "outputs" / "by_
     return study_dir / config.run_id
 
 
-def _train(config, out_dir, train_source, heldout_source, initial, progress) -> dict[str, Any]:
+def _train(config, out_dir, train_source, heldout_source, sampler, initial, progress) -> dict[str, Any]:
     started = _now()
     clock = time.perf_counter()
     schedule = Schedule(jnp.float32(config.peak_lr), jnp.int32(config.warmup_steps), jnp.int32(config.steps))
@@ -107,7 +107,6 @@ def _train(config, out_dir, train_source, heldout_source, initial, progress) -> 
         ema = jax.tree.map(jnp.copy, params) if state.ema is not None else None
         state = state._replace(params=params, ema=ema)
 
-    sampler = make_sampler(config, train_source)
     checkpoints = Checkpoints(out_dir / "checkpoints")
     begin, position, trained_seconds = 0, 0, 0.0
     restored = checkpoints.restore(state)

@@ -236,10 +236,16 @@ def test_excluded_ids_are_never_seen_and_lists_for_other_data_refused(folder, tm
     assert len(sampler) == 30 and set(sampler.example_ids(0, 90).tolist()) == set(range(32)) - {1, 3}
     batch = next(train_batches(source, sampler, batch_size=30, resolution=8, seed=0))
     assert not {1, 3} & set(batch.ids.tolist())
-    for content, words in (("{", "not a list of ids"), ('{"dataset": "digits", "ids": []}', "is for 'digits'")):
+    other_split = json.dumps({"dataset": f"folder:{folder}", "split": "val", "ids": []})
+    for content, words in (
+        ("{", "not a list of ids"),
+        ('{"dataset": "digits", "ids": []}', "is for 'digits'"),
+        (other_split, "is for the split 'val', the run's train_split is 'train'"),
+    ):
         path.write_text(content)
         with pytest.raises(ConfigError, match=words):
-            make_sampler(config, source)
+            run(config, tmp_path / "nothing", progress=False)
+    assert not (tmp_path / "nothing").exists()
 
 
 @pytest.mark.parametrize(
