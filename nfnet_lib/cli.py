@@ -189,7 +189,9 @@ def _parser() -> argparse.ArgumentParser:
     data_commands = data.add_subparsers(dest="data_command", required=True)
     sub = data_commands.add_parser("show", help="Write a contact sheet.", epilog="example: nfnet data show digits")
     sub.set_defaults(function=_data_show)
-    sub.add_argument("name", help="fractals | digits | tfds:NAME | folder:DIR | webdataset:DIR, and @SPLIT if not train")
+    sub.add_argument(
+        "name", help="fractals | digits | tfds:NAME | folder:DIR | webdataset:DIR, and @SPLIT if not train"
+    )
     sub.add_argument("--out", type=Path, default=Path("sheet.png"), help="picture to write (default: sheet.png)")
     sub.add_argument("--data-dir", help="folder of prepared TFDS data")
     return parser

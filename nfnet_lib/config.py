@@ -41,6 +41,11 @@ class RunConfig(BaseModel):
     image_size: int = Field(40, ge=8, le=4096, description="side in pixels at which fractals and digits are made")
     examples_per_epoch: int = Field(8192, ge=1, description="distinct training examples that make one epoch")
     heldout_examples: int = Field(2048, ge=1, description="examples of the held-out set")
+    selection_examples: int = Field(
+        0,
+        ge=0,
+        description="more of the training split, not trained on, by which the weights kept are chosen; 0: the last",
+    )
     data_seed: int = Field(0, ge=0, lt=2**32, description="seed of the fractals' classes and images")
     hue_spread: float = Field(1.0, ge=0, le=1, description="of the fractals of a class; 1: colour says nothing of it")
     epoch_budget: float = Field(1.0, gt=0, le=10_000, description="epochs of compute: views / examples_per_epoch")
@@ -48,7 +53,9 @@ class RunConfig(BaseModel):
     augmult: int = Field(1, ge=1, le=256, description="views of each image in a batch (repeated augmentation)")
     min_area: float = Field(0.25, gt=0, le=1, description="smallest share of the image that a training crop covers")
     flip: bool = Field(True, description="mirror training images at random")
-    mixup_alpha: float = Field(0.0, ge=0, le=100, description="MixUp of pairs, weights from Beta(alpha, alpha); 0: none")
+    mixup_alpha: float = Field(
+        0.0, ge=0, le=100, description="MixUp of pairs, weights from Beta(alpha, alpha); 0: none"
+    )
     cutmix: bool = Field(False, description="CutMix of pairs; with MixUp, each has half of the pairs")
     randaugment_layers: int = Field(0, ge=0, le=16, description="random operations on each view; 0: no RandAugment")
     randaugment_magnitude: float = Field(10.0, ge=0, le=30, description="strength of RandAugment's operations")
@@ -66,21 +73,31 @@ class RunConfig(BaseModel):
     weight_decay: float = Field(1e-6, ge=0, le=1, description="not on gains and biases; sgd: coupled")
     agc_clip: float = Field(0.01, gt=0, le=1e6, description="adaptive gradient clipping, ratio of norms")
     agc_eps: float = Field(1e-3, gt=0, description="smallest parameter norm that clipping assumes")
-    loss: Literal["softmax", "sigmoid"] = Field("softmax", description="sigmoid: each class by itself, for several labels")
+    loss: Literal["softmax", "sigmoid"] = Field(
+        "softmax", description="sigmoid: each class by itself, for several labels"
+    )
     head_bias: float = Field(0.0, ge=-100, le=100, description="where the head's bias starts; -10 suits sigmoid")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the training loss; evaluation has none")
     drop_rate: float = Field(0.0, ge=0, lt=1, description="dropout before the head")
     stochdepth_rate: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the last block")
     rho: float = Field(0.0, ge=0, le=10, description="radius of the SAM ascent step; 0: plain gradient")
     ascent_fraction: float = Field(1.0, gt=0, le=1, description="share of the batch from which SAM's ascent step comes")
+    sam_perturbation: Literal["per_device", "global"] = Field(
+        "per_device", description="whose gradient SAM climbs on several devices: each its own (m-SAM), or the mean"
+    )
     ema_decay: float = Field(0.0, ge=0, lt=1, description="exponential moving average of the parameters; 0: none")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="type of the activations")
+    sharding: Literal["replicated", "fsdp"] = Field(
+        "replicated", description="of parameters and optimizer state; fsdp: split over the devices"
+    )
     unroll: int = Field(1, ge=1, description="blocks a scan step")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of the initialisation, the data order and the noise")
     loader_workers: int = Field(1, ge=0, le=512, description="threads that make batches; 0: none but the training's")
     on_bad: Literal["quarantine", "stop"] = Field("quarantine", description="of examples that can't be read")
     max_bad_fraction: float = Field(0.001, ge=0, le=1, description="stop when more of the examples than this are bad")
-    evaluations: int = Field(1, ge=1, description="held-out evaluations in a run, the last at its end")
+    evaluations: int = Field(
+        1, ge=1, description="evaluations in a run, the last at its end; between, on selection_examples if any"
+    )
     checkpoints: int = Field(4, ge=1, description="checkpoints in a run, the last at its end")
     log_points: int = Field(100, ge=1, description="lines in metrics.jsonl, at most one a step")
 
@@ -140,7 +157,9 @@ class RunConfig(BaseModel):
         if self.loss == "sigmoid" and self.label_smoothing:
             raise ValueError(f"label_smoothing: {self.label_smoothing} with loss='sigmoid'; allowed: 0")
         views = self.epoch_budget * self.examples_per_epoch
-        if round(views) < self.batch_size or abs(views / self.batch_size - round(views / self.batch_size)) > 1e-6:
+        steps = views / self.batch_size
+        # Of many steps the last may be left out: 50 epochs of ImageNet are 31,278.5 steps of 2,048.
+        if round(steps) < 1 or abs(steps - round(steps)) > max(1e-6, 1e-4 * steps):
             below = int(views // self.batch_size) * self.batch_size / self.examples_per_epoch
             above = below + self.batch_size / self.examples_per_epoch
             raise ValueError(

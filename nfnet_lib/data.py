@@ -12,7 +12,7 @@ from jaxtyping import Int64, UInt8
 from nfnet_lib.config import ConfigError, RunConfig
 from nfnet_lib.loader import BadExample, Batch, LoaderError, train_batches
 from nfnet_lib.sampler import ExactlyOnceSampler
-from nfnet_lib.sources import Source, load_source
+from nfnet_lib.sources import Source, Subset, load_source
 
 QUARANTINE = "quarantine.jsonl"
 
@@ -27,7 +27,7 @@ def load_sources(config: RunConfig) -> tuple[Source, Source]:
     elif config.dataset.startswith("tfds:"):
         options = {"label_feature": config.label_feature, "data_dir": config.data_dir or None}
     wanted = (
-        ("train", config.examples_per_epoch, config.train_split),
+        ("train", config.examples_per_epoch + config.selection_examples, config.train_split),
         ("heldout", config.heldout_examples, config.heldout_split),
     )
     try:
@@ -46,16 +46,28 @@ def load_sources(config: RunConfig) -> tuple[Source, Source]:
 
 
 def make_sampler(config: RunConfig, source: Source) -> ExactlyOnceSampler:
-    """The order of a run's examples, without those that `exclude` names."""
-    exclude = None
+    """The order of a run's examples, without those that `exclude` names and those kept for selection."""
+    exclude = selection_ids(config, len(source))
     if config.exclude:
-        exclude = load_exclusions(config.exclude, config.dataset, len(source), config.train_split)
-    return ExactlyOnceSampler(len(source), config.seed, exclude)
+        listed = load_exclusions(config.exclude, config.dataset, len(source), config.train_split)
+        exclude = np.union1d(exclude, listed)
+    return ExactlyOnceSampler(len(source), config.seed, exclude if len(exclude) else None)
 
 
-def load_exclusions(
-    path: str | Path, dataset: str, num_examples: int, split: str = ""
-) -> Int64[np.ndarray, " n"]:
+def selection_ids(config: RunConfig, num_examples: int) -> Int64[np.ndarray, " n"]:
+    """The examples of the training split that are kept out of training: drawn at random by data_seed, the same for all runs."""
+    return np.sort(ExactlyOnceSampler(num_examples, config.data_seed).example_ids(0, config.selection_examples))
+
+
+def selection_source(config: RunConfig, source: Source) -> Subset | None:
+    """The examples of `selection_ids`, of those that `exclude` does not name; None where there are none."""
+    ids = selection_ids(config, len(source))
+    if config.exclude:
+        ids = np.setdiff1d(ids, load_exclusions(config.exclude, config.dataset, len(source), config.train_split))
+    return Subset(source, ids) if len(ids) else None
+
+
+def load_exclusions(path: str | Path, dataset: str, num_examples: int, split: str = "") -> Int64[np.ndarray, " n"]:
     """Ids below num_examples of the list that `nfnet dedup` wrote at `path`; ConfigError if it is for other data.
 
     Ids count within a split, so that a list for another split would leave out the wrong examples.
@@ -97,13 +109,15 @@ def example_views(config: RunConfig, count: int = 24) -> UInt8[np.ndarray, "n H 
 class Quarantine:
     """The examples of a run that could not be read, in a file, each once; LoaderError above the allowed share.
 
-    One bad example is always allowed, so that small sets can have one at all.
+    One bad example is always allowed, so that small sets can have one at all. Of several processes only the first has a
+    path, and learns at `merge` what the others found.
     """
 
-    def __init__(self, path: Path, num_examples: int, max_fraction: float | int):
+    def __init__(self, path: Path | None, num_examples: int, max_fraction: float | int):
         self.path, self.num_examples, self.max_fraction = path, num_examples, max_fraction
-        lines = path.read_text().splitlines() if path.exists() else []
+        lines = path.read_text().splitlines() if path is not None and path.exists() else []
         self.ids: dict[str, set[int]] = {"train": set(), "heldout": set()}
+        self._to_tell: list[tuple[str, list]] = []
         for line in lines:
             with contextlib.suppress(ValueError, KeyError):  # the last line of a run that was killed
                 entry = json.loads(line)
@@ -114,10 +128,22 @@ class Quarantine:
         for example in bad:
             if example.id not in self.ids[split]:
                 self.ids[split].add(example.id)
+                if self.path is None:
+                    self._to_tell.append((split, list(example)))
+                    continue
                 with self.path.open("a") as file:
                     file.write(json.dumps({"split": split, **example._asdict()}) + "\n")
         if bad and split == "train" and len(self.ids[split]) > max(1, self.max_fraction * self.num_examples):
             raise LoaderError(
                 f"max_bad_fraction: {len(self.ids[split])} of {self.num_examples} examples can't be read, more than"
-                f" {self.max_fraction:g}; the last, example {bad[-1].id}: {bad[-1].reason}; all are in {self.path.name}"
+                f" {self.max_fraction:g}; the last, example {bad[-1].id}: {bad[-1].reason}"
+                + (f"; all are in {self.path.name}" if self.path is not None else "")
             )
+
+    def merge(self) -> None:
+        """Tell the first process what the others found; all must call it."""
+        from nfnet_lib import distributed
+
+        found, self._to_tell = distributed.gathered(self._to_tell), []
+        for split, example in (entry for entries in found for entry in entries):
+            self.add((BadExample(*example),), split)

@@ -59,7 +59,9 @@ def balance_sentence(table: pd.DataFrame) -> str:
     """The spread of a balance table."""
     counts = table["examples"]
     empty = f"; {(counts == 0).sum()} classes have none" if (counts == 0).any() else ""
-    return f"{len(table)} classes of {counts.min()} to {counts.max()} examples each, {counts.sum()} labels in all{empty}."
+    return (
+        f"{len(table)} classes of {counts.min()} to {counts.max()} examples each, {counts.sum()} labels in all{empty}."
+    )
 
 
 def classes_sheet(source: Source, size: int = 64, columns: int = 12) -> Figure:

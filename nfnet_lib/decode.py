@@ -12,7 +12,21 @@ from jaxtyping import UInt8
 
 MAX_PIXELS = 2**26  # decoded at once: 200 MB of RGB. Larger JPEGs are decoded at 1/2, 1/4 or 1/8 of their size.
 FORMATS = ("PNG", "WEBP", "JPEG", "BMP", "GIF", "TIFF", "PPM")  # Pillow has readers of many more, some run programs
-_FRAMES = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}  # JPEG's start-of-frame markers
+_FRAMES = {
+    0xC0,
+    0xC1,
+    0xC2,
+    0xC3,
+    0xC5,
+    0xC6,
+    0xC7,
+    0xC9,
+    0xCA,
+    0xCB,
+    0xCD,
+    0xCE,
+    0xCF,
+}  # JPEG's start-of-frame markers
 
 
 def decode_image(encoded: bytes | np.ndarray, where: str = "") -> UInt8[np.ndarray, "H W 3"]:
@@ -46,7 +60,9 @@ def _jpeg(encoded: bytes) -> np.ndarray:
         return simplejpeg.decode_jpeg(encoded, "RGB", strict=True)
     factor = next((f for f in (2, 4, 8) if height * width <= MAX_PIXELS * f * f), None)
     if factor is None or progressive:
-        raise ValueError(f"{'progressive ' * progressive}JPEG of {width} x {height} pixels; at most {MAX_PIXELS:,} at once")
+        raise ValueError(
+            f"{'progressive ' * progressive}JPEG of {width} x {height} pixels; at most {MAX_PIXELS:,} at once"
+        )
     return simplejpeg.decode_jpeg(
         encoded, "RGB", strict=True, min_height=-(-height // factor), min_width=-(-width // factor)
     )

@@ -352,7 +352,9 @@ def contact_sheet(pairs: Sequence[Pair], source: Source, others: dict[str, Sourc
         colour = (0, 150, 60) if pair.duplicate else (200, 30, 30)
         cv2.rectangle(sheet, (left + 1, top + 1), (left + 2 * side + 7, top + side + 4), colour, 2)
         text = f"{pair.correlation:.3f}  {pair.distance} bits{'  mirrored' if pair.mirrored else ''}"
-        cv2.putText(sheet, text, (left + 4, top + side + 19), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (30, 30, 30), 1, cv2.LINE_AA)
+        cv2.putText(
+            sheet, text, (left + 4, top + side + 19), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (30, 30, 30), 1, cv2.LINE_AA
+        )
     return sheet
 
 
@@ -374,7 +376,9 @@ def summary(source: Source, heldout: Source, dataset: str, out_dir: str | Path =
     """Of the comparison in out_dir; without one, of `source` with `heldout`, made here and not kept."""
     if out_dir:
         content = json.loads((Path(out_dir) / FILES[1]).read_text())
-        text = f"{len(content['ids'])} of {content['num_examples']} training pictures are near-duplicates of held-out ones"
+        text = (
+            f"{len(content['ids'])} of {content['num_examples']} training pictures are near-duplicates of held-out ones"
+        )
         return Summary(text + ".", read_pairs(out_dir))
     with tempfile.TemporaryDirectory() as folder:
         text = compare(source, [("heldout", heldout)], Path(folder), dataset=dataset, progress=False)

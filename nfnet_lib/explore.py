@@ -82,5 +82,7 @@ def tiles(images: Sequence[np.ndarray], captions: Sequence[str], columns: int = 
         small = cv2.resize(np.ascontiguousarray(image), (SIDE, SIDE), interpolation=cv2.INTER_AREA)
         sheet[top : top + SIDE, left : left + SIDE] = small
         ascii_only = caption.encode("ascii", "replace").decode()[:15]
-        cv2.putText(sheet, ascii_only, (left, top + SIDE + 12), cv2.FONT_HERSHEY_SIMPLEX, 0.36, (40, 40, 40), 1, cv2.LINE_AA)
+        cv2.putText(
+            sheet, ascii_only, (left, top + SIDE + 12), cv2.FONT_HERSHEY_SIMPLEX, 0.36, (40, 40, 40), 1, cv2.LINE_AA
+        )
     return sheet

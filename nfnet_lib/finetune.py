@@ -26,9 +26,17 @@ def finetune_config(
         loaded, _ = load_weights(weights)
         names = ("data_dir", "train_split", "heldout_split", "label_feature")
         data_dir, train_split, heldout_split, label_feature = (overrides.get(name, "") for name in names)
-        common = {"data_dir": data_dir or None, "label_feature": label_feature, "image_size": overrides.get("image_size")}
-        examples = overrides.get("examples_per_epoch") or len(load_source(dataset, "train", split_name=train_split, **common))
-        heldout = overrides.get("heldout_examples") or len(load_source(dataset, "heldout", split_name=heldout_split, **common))
+        common = {
+            "data_dir": data_dir or None,
+            "label_feature": label_feature,
+            "image_size": overrides.get("image_size"),
+        }
+        examples = overrides.get("examples_per_epoch") or len(
+            load_source(dataset, "train", split_name=train_split, **common)
+        )
+        heldout = overrides.get("heldout_examples") or len(
+            load_source(dataset, "heldout", split_name=heldout_split, **common)
+        )
     except (OSError, WeightsError) as error:
         raise ConfigError(f"weights: {error}") from None
     except ValueError as error:

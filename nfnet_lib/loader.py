@@ -166,13 +166,13 @@ def eval_batches(
     yield from _made_ahead(jobs(), reader, workers, prefetch, stall_seconds)
 
 
-def on_device(batches: Iterable[Batch], ahead: int = 1) -> Iterator[tuple[Batch, Examples]]:
-    """(batch, its `examples` on the device), the copies started `ahead` batches early."""
-    import jax
-
+def on_device(
+    batches: Iterable[Batch], place: Callable[[Examples], Examples], ahead: int = 1
+) -> Iterator[tuple[Batch, Examples]]:
+    """(batch, its `examples` where `place` puts them), the copies started `ahead` batches early."""
     pending: deque = deque()
     for batch in batches:
-        pending.append((batch, jax.device_put(batch.examples)))
+        pending.append((batch, place(batch.examples)))
         if len(pending) > ahead:
             yield pending.popleft()
     yield from pending
@@ -267,9 +267,7 @@ def _fill(
     if how.randaugment_layers:
         layers = draws(how.randaugment_layers * DRAWS_PER_LAYER, "randaugment")
         for row, own in enumerate(layers, first):
-            batch.images[row] = rand_augment(
-                batch.images[row], own, how.randaugment_layers, how.randaugment_magnitude
-            )
+            batch.images[row] = rand_augment(batch.images[row], own, how.randaugment_layers, how.randaugment_magnitude)
     return bad
 
 

@@ -4,18 +4,22 @@ import contextlib
 import ctypes
 import functools
 import types
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import PyTree
 
-from nfnet_lib import models
+from nfnet_lib import distributed, models
 from nfnet_lib.config import RunConfig
 from nfnet_lib.data import Quarantine
 from nfnet_lib.loader import Examples, eval_batches
 from nfnet_lib.optim import make_adamw, make_optimizer
-from nfnet_lib.sources import Source
-from nfnet_lib.step import Schedule, eval_step, init_state, train_step
+from nfnet_lib.sharding import batch_sharding, make_mesh, replicated, state_shardings
+from nfnet_lib.sources import Source, original_id
+from nfnet_lib.step import Schedule, TrainState, eval_step, init_state, train_step
 
 EVAL_BATCH = 128
 
@@ -23,17 +27,45 @@ EVAL_BATCH = 128
 PROGRAM_PARAMETERS = (
     "variant", "drop_rate", "stochdepth_rate", "dtype", "unroll", "batch_size", "resolution", "eval_resolution",
     "loss", "head_bias", "optimizer", "momentum", "adam_b2", "grad_clip", "weight_decay", "agc_clip", "agc_eps",
-    "label_smoothing", "rho", "ascent_fraction", "ema_decay",
+    "label_smoothing", "rho", "ascent_fraction", "sam_perturbation", "ema_decay", "sharding",
 )  # fmt: skip
 
 
+class Programs(NamedTuple):
+    """Compiled init(key), step(state, examples, schedule, key) and evaluation(params, examples), and where their arrays lie."""
+
+    mesh: Mesh
+    state_shardings: Any
+    init: Any
+    step: Any
+    evaluation: Any
+    eval_batch: int
+
+    def place(self, tree: PyTree) -> PyTree:
+        """The same on every device."""
+        return jax.device_put(tree, replicated(self.mesh))
+
+    def place_batch(self, examples: Examples) -> Examples:
+        """This process's part of a batch, split among its devices."""
+        put = functools.partial(jax.make_array_from_process_local_data, batch_sharding(self.mesh))
+        return jax.tree.map(put, examples)
+
+    def place_state(self, state: TrainState) -> TrainState:
+        """A training state of the host, as the step wants it."""
+        return jax.device_put(state, self.state_shardings)
+
+    def place_params(self, params: PyTree) -> PyTree:
+        """Parameters of the host, as evaluation wants them."""
+        return jax.device_put(params, self.state_shardings.params)
+
+
 @functools.lru_cache(maxsize=1)
-def programs(values: tuple, settings: tuple, num_classes: int, labels: tuple[int, int], eval_batch: int):
-    """Compiled init(key), step(state, examples, schedule, key) and eval_step, shared by the runs of a search.
+def programs(values: tuple, settings: tuple, num_classes: int, labels: tuple[int, int], eval_batch: int) -> Programs:
+    """The programs of a run on all devices, shared by the runs of a search.
 
     values: of PROGRAM_PARAMETERS, by name; settings: of `models.create`. labels: an example's, in training and evaluation.
     """
-    config = types.SimpleNamespace(**dict(values))
+    config, mesh = types.SimpleNamespace(**dict(values)), make_mesh()
     model = models.create(
         config.variant, num_classes, drop_rate=config.drop_rate, stochdepth_rate=config.stochdepth_rate,
         dtype=jnp.dtype(config.dtype), unroll=config.unroll, **dict(settings),
@@ -46,26 +78,38 @@ def programs(values: tuple, settings: tuple, num_classes: int, labels: tuple[int
         optimizer = make_optimizer(
             momentum=config.momentum, weight_decay=config.weight_decay, agc_clip=config.agc_clip, agc_eps=config.agc_eps
         )
-    key = jax.random.key(0)
-    schedule = Schedule(jnp.float32(0), jnp.int32(0), jnp.int32(1))
-    init = functools.partial(init_state, model, optimizer, ema=config.ema_decay > 0, head_bias=config.head_bias)
-    init = _compiled(jax.jit(init), key)
-    step = functools.partial(
-        train_step, model=model, optimizer=optimizer, loss=config.loss, label_smoothing=config.label_smoothing,
-        rho=config.rho, ascent_fraction=config.ascent_fraction, ema_decay=config.ema_decay,
-    )  # fmt: skip
 
-    def shapes(size: int, side: int, labels: int):
-        return Examples(
+    def shapes(tree: PyTree, shardings: PyTree) -> PyTree:
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+    def batch(size: int, side: int, labels: int) -> Examples:
+        examples = Examples(
             jax.ShapeDtypeStruct((size, side, side, 3), jnp.uint8), jax.ShapeDtypeStruct((size, labels), jnp.int32),
             jax.ShapeDtypeStruct((size, labels), jnp.float32), jax.ShapeDtypeStruct((size,), jnp.float32),
         )  # fmt: skip
+        return shapes(examples, Examples(*[batch_sharding(mesh)] * len(examples)))
 
-    examples = shapes(config.batch_size, config.resolution, labels[0])
-    step = _compiled(jax.jit(step, donate_argnums=0), init.out_info, examples, schedule, key)
-    examples = shapes(eval_batch, config.eval_resolution, labels[1])
-    evaluation = jax.jit(functools.partial(eval_step, model=model, loss=config.loss))
-    return init, step, _compiled(evaluation, model.param_shapes(), examples)
+    shared = replicated(mesh)
+    key = jax.eval_shape(jax.random.key, 0)
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=shared)
+    schedule = Schedule(
+        *(jax.ShapeDtypeStruct((), dtype, sharding=shared) for dtype in (jnp.float32, jnp.int32, jnp.int32))
+    )
+    init = functools.partial(init_state, model, optimizer, ema=config.ema_decay > 0, head_bias=config.head_bias)
+    placed = state_shardings(mesh, jax.eval_shape(init, key), config.sharding)
+    state = shapes(jax.eval_shape(init, key), placed)
+    step = functools.partial(
+        train_step, model=model, optimizer=optimizer, loss=config.loss, label_smoothing=config.label_smoothing,
+        rho=config.rho, ascent_fraction=config.ascent_fraction, ema_decay=config.ema_decay, mesh=mesh,
+        per_device=config.sam_perturbation == "per_device",
+    )  # fmt: skip
+    step = jax.jit(step, donate_argnums=0, out_shardings=(placed, shared))
+    evaluation = jax.jit(functools.partial(eval_step, model=model, loss=config.loss), out_shardings=shared)
+    return Programs(
+        mesh, placed, _compiled(jax.jit(init, out_shardings=placed), key),
+        _compiled(step, state, batch(config.batch_size, config.resolution, labels[0]), schedule, key),
+        _compiled(evaluation, state.params, batch(eval_batch, config.eval_resolution, labels[1])), eval_batch,
+    )  # fmt: skip
 
 
 def _compiled(function, *arguments):
@@ -76,19 +120,24 @@ def _compiled(function, *arguments):
     return program
 
 
-def evaluate(compiled, config: RunConfig, source: Source, quarantine: Quarantine, params) -> dict[str, float]:
-    """{"heldout_loss", "heldout_top1", "heldout_top5", "heldout_ece"}, each example that can be read counted once."""
+def evaluate(
+    program: Programs, config: RunConfig, source: Source, quarantine: Quarantine, params: PyTree, split: str
+) -> dict[str, float]:
+    """{"<split>_loss", "_top1", "_top5", "_ece"}, each example that can be read counted once, over all processes."""
     totals: dict[str, np.ndarray] = {}
     read, expected = 0, 0.0
     for batch in eval_batches(
-        source, batch_size=min(EVAL_BATCH, len(source)), resolution=config.eval_resolution, margin=config.eval_margin,
+        source, batch_size=program.eval_batch, resolution=config.eval_resolution, margin=config.eval_margin,
         workers=config.loader_workers, on_bad=config.on_bad, normalise_labels=config.loss == "softmax",
+        process_index=jax.process_index(), process_count=jax.process_count(),
     ):  # fmt: skip
-        sums = jax.device_get(compiled(params, batch.examples))
+        sums = jax.device_get(program.evaluation(params, program.place_batch(batch.examples)))
         totals = {name: totals.get(name, 0.0) + np.asarray(value, np.float64) for name, value in sums.items()}
         read, expected = read + len(batch.ids), expected + float(batch.weights.sum())
-        quarantine.add(batch.bad, "heldout")
+        bad = tuple(example._replace(id=original_id(source, example.id)) for example in batch.bad)
+        quarantine.add(bad, "heldout" if split == "heldout" else "train")
+    read, expected = (sum(values) for values in zip(*distributed.gathered([read, expected]), strict=True))
     if read != len(source) or totals["examples"] != expected or not expected:
         raise RuntimeError(f"evaluated {totals['examples']:g} of {expected:g} examples, {read} of {len(source)} read")
-    means = {f"heldout_{name}": float(totals[name] / totals["examples"]) for name in ("loss", "top1", "top5")}
-    return means | {"heldout_ece": float(np.abs(totals["calibration"]).sum() / totals["examples"])}
+    means = {f"{split}_{name}": float(totals[name] / totals["examples"]) for name in ("loss", "top1", "top5")}
+    return means | {f"{split}_ece": float(np.abs(totals["calibration"]).sum() / totals["examples"])}

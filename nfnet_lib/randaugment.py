@@ -161,8 +161,6 @@ OPERATIONS: dict[str, Callable[[Image, float, float, tuple[float, float]], Image
     "TranslateY": lambda image, level, sign, centre: _affine(
         image, [[1, 0, 0], [0, 1, sign * level * _pixels(100, image.shape[0])]]
     ),
-    "Cutout": lambda image, level, sign, centre: cutout(
-        image, int(level * _pixels(40, min(image.shape[:2]))), centre
-    ),
+    "Cutout": lambda image, level, sign, centre: cutout(image, int(level * _pixels(40, min(image.shape[:2]))), centre),
     "SolarizeAdd": lambda image, level, sign, centre: solarize_add(image, int(level * 110)),
 }

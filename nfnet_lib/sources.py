@@ -86,6 +86,28 @@ class FractalSource:
         return self._generator.render(classes, self._first + ids // self.num_classes), classes.astype(np.int32)
 
 
+class Subset:
+    """Some examples of a source, numbered anew: example i is example ids[i] of it."""
+
+    def __init__(self, source: Source, ids: Int64[np.ndarray, " n"]):
+        self.name, self.num_classes, self.ids, self._source = source.name, source.num_classes, ids, source
+        self.labels_per_example = getattr(source, "labels_per_example", 1)
+        self.fingerprint = digest(subset_of=source.fingerprint, ids=ids.tolist())
+        if hasattr(source, "batch"):
+            self.batch = lambda positions: source.batch(ids[positions])
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int):
+        return self._source[int(self.ids[index])]
+
+
+def original_id(source: Source, index: int) -> int:
+    """The id of example `index` in the source of which `source` is a subset, if it is one."""
+    return int(source.ids[index]) if isinstance(source, Subset) else index
+
+
 def load_source(
     name: str, split: str, *, num_examples: int | None = None, num_classes: int | None = None,
     image_size: int | None = None, seed: int = 0, hue_spread: float | int = 1.0, data_dir: str | os.PathLike | None = None,

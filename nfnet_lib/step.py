@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from nfnet_lib.augment import MEAN_RGB, STDDEV_RGB
@@ -13,6 +14,7 @@ from nfnet_lib.losses import in_top, sigmoid_cross_entropy, softmax_cross_entrop
 from nfnet_lib.models import Model, Params
 from nfnet_lib.optim import update_ema, warmup_cosine
 from nfnet_lib.sam import sam_gradient
+from nfnet_lib.sharding import DATA, replicated
 
 CALIBRATION_BINS = 15
 
@@ -40,7 +42,12 @@ def normalise(images: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
 
 
 def init_state(
-    model: Model, optimizer: optax.GradientTransformation, key: Key[Array, ""], *, ema: bool, head_bias: float | int = 0.0
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    key: Key[Array, ""],
+    *,
+    ema: bool,
+    head_bias: float | int = 0.0,
 ) -> TrainState:
     """Step 0. head_bias: where the biases of the head start."""
     params = model.init(key)
@@ -51,27 +58,42 @@ def init_state(
 def train_step(
     state: TrainState, examples: Examples, schedule: Schedule, key: Key[Array, ""], *, model: Model,
     optimizer: optax.GradientTransformation, loss: str, label_smoothing: float, rho: float, ascent_fraction: float,
-    ema_decay: float,
+    ema_decay: float, mesh: Mesh | None = None, per_device: bool = False,
 ) -> tuple[TrainState, dict[str, Array]]:  # fmt: skip
     """The state after one update, and {"loss", "lr", "grad_norm"} of it: the mean over the examples of weight 1.
 
-    key: of the run; the step is folded in here. loss: "softmax" or "sigmoid".
+    key: of the run; the step is folded in here. loss: "softmax" or "sigmoid". mesh: the devices among which the examples are
+    split; None or one device: no more to say. per_device: each perturbs by its own part's gradient (m-SAM) and draws its own
+    dropout; otherwise the numbers are those of one device.
     """
+    spread = mesh is not None and mesh.size > 1
+    axis_name = DATA if spread and per_device and rho > 0 else None
 
     def loss_fn(params, examples, key):
         logits = model.apply(params, normalise(examples.images), train=True, key=key)
         each = example_loss(logits, examples, loss, label_smoothing)
-        return jnp.sum(each * examples.weights) / jnp.maximum(jnp.sum(examples.weights), 1), None
+        weight = jnp.sum(examples.weights)
+        if axis_name is not None:  # a mean over all examples is the mean over devices of what each has of the sum
+            weight = jax.lax.pmean(weight, axis_name)
+        return jnp.sum(each * examples.weights) / jnp.where(weight > 0, weight, 1), None
 
-    step_key = jax.random.fold_in(key, state.step)
-    (value, _), grads = sam_gradient(
-        loss_fn, state.params, examples, step_key, rho, ascent_fraction=ascent_fraction
-    )
+    def gradient(params, examples, key):
+        if axis_name is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+        return sam_gradient(loss_fn, params, examples, key, rho, ascent_fraction=ascent_fraction, axis_name=axis_name)
+
+    if axis_name is not None:
+        own, shared = PartitionSpec(axis_name), PartitionSpec()
+        gradient = jax.shard_map(gradient, mesh=mesh, in_specs=(shared, own, shared), out_specs=shared)
+    params = state.params
+    if spread:  # gathered here where the state is split, or XLA may split the model's channels
+        params = jax.lax.with_sharding_constraint(params, replicated(mesh))
+    (value, _), grads = gradient(params, examples, jax.random.fold_in(key, state.step))
     lr = warmup_cosine(state.step, *schedule)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
     ema = update_ema(state.ema, params, state.step, ema_decay) if state.ema is not None else None
-    metrics = {"loss": value, "lr": lr, "grad_norm": optax.global_norm(grads)}
+    metrics = {"loss": value, "lr": lr, "grad_norm": optax.tree.norm(grads)}
     return TrainState(state.step + 1, params, opt_state, ema), metrics
 
 

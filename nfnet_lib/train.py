@@ -5,29 +5,27 @@ one without resumes from its newest sound checkpoint, and ends with the numbers 
 """
 
 import contextlib
-import datetime
 import fcntl
-import functools
 import json
-import os
-import subprocess
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from nfnet_lib import PROJECT, flops, paper
+from nfnet_lib import PROJECT, distributed, provenance
 from nfnet_lib.checkpoint import Checkpoints
 from nfnet_lib.config import ConfigError, FinetuneConfig, PretrainConfig, RunConfig, config_from_params
-from nfnet_lib.data import QUARANTINE, Quarantine, load_sources, make_sampler, run_batches
-from nfnet_lib.loader import on_device
-from nfnet_lib.program import EVAL_BATCH, PROGRAM_PARAMETERS, evaluate, programs
-from nfnet_lib.records import PARAMS, SUMMARY, MetricsWriter, read_metrics, read_summary, write_json
+from nfnet_lib.data import QUARANTINE, Quarantine, load_sources, make_sampler, run_batches, selection_source
+from nfnet_lib.loader import LoaderError, on_device
+from nfnet_lib.program import EVAL_BATCH, PROGRAM_PARAMETERS, Programs, evaluate, programs
+from nfnet_lib.records import FAILURE, PARAMS, SUMMARY, MetricsWriter, read_metrics, read_summary, write_json
+from nfnet_lib.selection import Selection
 from nfnet_lib.sources import cached
 from nfnet_lib.step import Schedule
 from nfnet_lib.weights import load_pretrained, save_params, transfer
@@ -51,11 +49,12 @@ def run(config: RunConfig, out_dir: str | Path, *, cache_dir: str | Path | None 
     is written, for what can't be run or for an out_dir that holds a run of another config.
     """
     out_dir = Path(out_dir)
-    _refuse_other(config, out_dir)
-    if (out_dir / SUMMARY).exists():
-        return read_summary(out_dir)
+    _agree(lambda: _refuse_other(config, out_dir))
+    if summary := distributed.told(_finished(out_dir)):
+        return summary
     if config.dtype == "bfloat16" and jax.default_backend() == "cpu":
         print("note: bfloat16 activations are emulated on CPU, and slow", file=sys.stderr)
+    _refuse_devices(config, jax.device_count())
     train_source, heldout_source = load_sources(config)
     sampler, initial = make_sampler(config, train_source), None
     if isinstance(config, FinetuneConfig):
@@ -63,16 +62,19 @@ def run(config: RunConfig, out_dir: str | Path, *, cache_dir: str | Path | None 
     if cache_dir is not None:
         _compilation_cache(Path(cache_dir))
         train_source, heldout_source = (cached(s, Path(cache_dir) / "images") for s in (train_source, heldout_source))
-    out_dir.mkdir(parents=True, exist_ok=True)
-    with _lock(out_dir):
-        if (out_dir / SUMMARY).exists():
-            return read_summary(out_dir)
-        write_json(out_dir / PARAMS, config.model_dump(mode="json"))
-        (out_dir / STOP).unlink(missing_ok=True)
-        summary = _train(config, out_dir, train_source, heldout_source, sampler, initial, progress)
-        write_json(out_dir / SUMMARY, summary)
-        (out_dir / "failure.json").unlink(missing_ok=True)
-        return summary
+    with contextlib.ExitStack() as held:
+        _agree(lambda: held.enter_context(_lock(out_dir)))
+        if summary := distributed.told(_finished(out_dir)):
+            return summary
+        if distributed.is_primary():
+            write_json(out_dir / PARAMS, config.model_dump(mode="json"))
+            (out_dir / STOP).unlink(missing_ok=True)
+        asked = held.enter_context(_heeding_sigterm())
+        summary = _train(config, out_dir, train_source, heldout_source, sampler, initial, asked, progress)
+        if distributed.is_primary():
+            write_json(out_dir / SUMMARY, summary)
+            (out_dir / FAILURE).unlink(missing_ok=True)
+        return distributed.told(summary)
 
 
 def small_pretraining(variant: str, study_dir: Path = PROJECT / "outputs" / "by_hand") -> Path:
@@ -85,52 +87,67 @@ def small_pretraining(variant: str, study_dir: Path = PROJECT / "outputs" / "by_
     return study_dir / config.run_id
 
 
-def _train(config, out_dir, train_source, heldout_source, sampler, initial, progress) -> dict[str, Any]:
-    started = _now()
-    clock = time.perf_counter()
-    schedule = Schedule(jnp.float32(config.peak_lr), jnp.int32(config.warmup_steps), jnp.int32(config.steps))
-    init_key, noise_key = jax.random.split(jax.random.key(config.seed))
-    compile_clock = time.perf_counter()
-    quarantine = Quarantine(out_dir / QUARANTINE, len(train_source), config.max_bad_fraction)
-    values = tuple((name, getattr(config, name)) for name in PROGRAM_PARAMETERS)
-    settings = tuple(config.model_settings.items())
+def _train(config, out_dir, train_source, heldout_source, sampler, initial, asked, progress) -> dict[str, Any]:
+    started, clock, primary = provenance.now(), time.perf_counter(), distributed.is_primary()
     each = [getattr(source, "labels_per_example", 1) for source in (train_source, heldout_source)]
-    labels = (each[0] * (2 if config.mixup_alpha or config.cutmix else 1), each[1])
-    init, step, eval_function = programs(
-        values, settings, train_source.num_classes, labels, min(EVAL_BATCH, len(heldout_source))
-    )
-    evaluated = functools.partial(evaluate, eval_function, config, heldout_source, quarantine)
-    state = init(init_key)
-    compile_seconds = time.perf_counter() - compile_clock
+    program = programs(
+        tuple((name, getattr(config, name)) for name in PROGRAM_PARAMETERS), tuple(config.model_settings.items()),
+        train_source.num_classes, (each[0] * (2 if config.mixup_alpha or config.cutmix else 1), each[1]),
+        -(-min(EVAL_BATCH, len(heldout_source)) // jax.device_count()) * jax.device_count(),
+    )  # fmt: skip
+    init_key, noise_key = program.place(tuple(jax.random.split(jax.random.key(config.seed))))
+    schedule = Schedule(np.float32(config.peak_lr), np.int32(config.warmup_steps), np.int32(config.steps))
+    schedule = program.place(schedule)
+    state = program.init(init_key)
+    compile_seconds = time.perf_counter() - clock
     if initial is not None:
-        params = transfer(initial, state.params, keep_head=config.head == "keep")
-        ema = jax.tree.map(jnp.copy, params) if state.ema is not None else None
-        state = state._replace(params=params, ema=ema)
+        params = transfer(initial, distributed.host_copy(state.params), keep_head=config.head == "keep")
+        state = state._replace(params=params, ema=params if state.ema is not None else None)
+        state = program.place_state(jax.tree.map(np.asarray, state))
 
-    checkpoints = Checkpoints(out_dir / "checkpoints")
+    quarantine = Quarantine(out_dir / QUARANTINE if primary else None, len(train_source), config.max_bad_fraction)
+    selection = Selection(selection_source(config, train_source), state.params)
+    checkpoints = Checkpoints(out_dir / "checkpoints") if primary else None
     begin, position, trained_seconds = 0, 0, 0.0
-    restored = checkpoints.restore(state)
+    restored = _restored(checkpoints, (state, selection.params))
     if restored is not None:
-        begin, saved, record = restored
-        checkpoints.discard_above(begin)
+        begin, (saved, best), record = restored
         position = sampler.resume(record["data"], train_source.fingerprint)
-        state = jax.tree.map(jnp.asarray, saved)
+        state = program.place_state(saved)
+        selection.resume(best, record["selected"])
         trained_seconds = record["seconds"]
-    batches = run_batches(config, train_source, sampler, start=position)
+    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    batches = run_batches(config, train_source, sampler, start=position, **share)
     log_at = _spread(config.log_points, config.steps)
     save_at = _spread(config.checkpoints, config.steps) - {config.steps}
     eval_at = _spread(config.evaluations, config.steps) - {config.steps}
+    # Collectives of two steps at once deadlock on several CPU devices.
+    alone = jax.default_backend() == "cpu" and jax.local_device_count() > 1
+
+    def evaluated(state, number: int) -> dict[str, float]:
+        """Of the raw and the averaged weights, on the examples by which weights are chosen, or else on those held out."""
+        results = {}
+        for weights, params in (("", state.params), ("ema", state.ema)):
+            if params is not None:
+                source = heldout_source if selection.source is None else selection.source
+                split = "heldout" if selection.source is None else "selection"
+                found = evaluate(program, config, source, quarantine, params, split)
+                results |= {f"{name}_{weights}".rstrip("_"): value for name, value in found.items()}
+                selection.consider(params, found, number, weights or "raw")
+        return results
 
     loop_clock = time.perf_counter()
-    with contextlib.closing(batches), MetricsWriter(out_dir / "metrics.jsonl", last_step=begin) as writer:
-        bar = _progress(config, begin, progress)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(batches))
+        writer = stack.enter_context(MetricsWriter(out_dir / "metrics.jsonl", last_step=begin)) if primary else None
+        bar = stack.enter_context(_progress(config, begin, progress and primary))
 
         def read(metrics: dict, number: int, heldout: dict | None = None) -> None:
-            """Metrics of an earlier step, when the device is already busy with the next, and a held-out evaluation."""
+            """Metrics of an earlier step, when the device is already busy with the next, and an evaluation."""
             loss = float(metrics["loss"])
             if not np.isfinite(loss):
                 raise NonFiniteLoss(f"the loss is {loss} at step {number} of {config.steps}; a lower peak_lr may help")
-            if number in log_at or heldout:
+            if writer is not None and (number in log_at or heldout):
                 rate = (number - begin) * config.batch_size / (time.perf_counter() - loop_clock)
                 writer.write(
                     number, epoch=number * config.batch_size / config.examples_per_epoch, loss=loss,
@@ -140,66 +157,131 @@ def _train(config, out_dir, train_source, heldout_source, sampler, initial, prog
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update(config.batch_size)
 
-        pending, ahead = None, on_device(batches)
+        pending, ahead = None, on_device(batches, program.place_batch)
         for number in range(begin + 1, config.steps + 1):
             batch, examples = next(ahead)
             quarantine.add(batch.bad)
-            state, metrics = step(state, examples, schedule, noise_key)
+            if alone and pending is not None:
+                jax.block_until_ready(pending)
+            state, metrics = program.step(state, examples, schedule, noise_key)
             if pending is not None:
                 read(pending, number - 1)
             pending = metrics
-            stopping = (out_dir / STOP).exists()
-            heldout = evaluated(state.params) if number in eval_at else None
-            if heldout or number in save_at or stopping:
-                read(pending, number, heldout)
+            stopping = _asked_to_stop(asked, out_dir, number)
+            results = evaluated(state, number) if number in eval_at else None
+            if results or number in save_at or stopping:
+                read(pending, number, results)
                 pending = None
             if number in save_at or stopping:
-                writer.sync()
                 seconds = trained_seconds + time.perf_counter() - loop_clock
                 data = sampler.state(batch.position, train_source.fingerprint)
-                checkpoints.save(number, state, {"data": data, "seconds": seconds})
+                record = {"data": data, "seconds": seconds, "selected": selection.record}
+                saved = distributed.host_copy((state, selection.params))
+                quarantine.merge()
+                if primary:
+                    writer.sync()
+                    checkpoints.save(number, saved, record)
             if stopping:
-                checkpoints.close()
+                if primary:
+                    checkpoints.close()
                 raise Stopped(f"stopped at step {number} of {config.steps}; start it again to resume")
         if pending is not None:
             read(pending, config.steps)
-        bar.close()
     trained_seconds += time.perf_counter() - loop_clock
-    results = evaluated(state.params)
-    if state.ema is not None:
-        results |= {f"{name}_ema": value for name, value in evaluated(state.ema).items()}
-    digests = save_params(out_dir, state.params if state.ema is None else state.ema)
-    checkpoints.close()
-    results |= {f"{split}_quarantined": len(ids) for split, ids in quarantine.ids.items()}
-    return _summary(
-        config, out_dir, train_source.num_classes, results, digests, started=started, seconds=trained_seconds,
+    results, kept = _final(config, program, state, selection, evaluated, heldout_source, quarantine)
+    quarantine.merge()
+    kept = distributed.host_copy(kept)
+    if primary:
+        results |= {"params_digests": save_params(out_dir, kept)}
+        checkpoints.close()
+        curve = read_metrics(out_dir)["loss"]
+        results |= {f"{split}_quarantined": len(ids) for split, ids in quarantine.ids.items()}
+        results |= {"train_loss": float(curve.tail(max(1, len(curve) // 10)).mean())}
+    return provenance.summary(
+        config, train_source.num_classes, results, started=started, seconds=trained_seconds,
         compile_seconds=compile_seconds, wall_seconds=time.perf_counter() - clock,
     )  # fmt: skip
 
 
-def _summary(
-    config, out_dir, num_classes, results, digests, *, started, seconds, compile_seconds, wall_seconds
-) -> dict:
-    variant = config.architecture
-    macs = flops.forward_macs(variant, config.resolution, num_classes, config.bottleneck_rule)
-    images_seen = config.steps * config.batch_size
-    total = flops.train_flops(macs, images_seen, config.rho, config.ascent_fraction)
-    curve = read_metrics(out_dir)["loss"]
-    cores = len(os.sched_getaffinity(0)) if jax.default_backend() == "cpu" else jax.device_count()
-    return {
-        "schema": 1, "run_id": config.run_id, "cell_id": config.cell_id, "kind": config.kind, "status": "done",
-        "config": config.model_dump(mode="json"), "config_hash": config.config_hash,
-        "num_params": flops.num_params(variant, num_classes, config.bottleneck_rule, config.resolution),
-        "forward_macs": macs, "train_flops": total, "steps": config.steps, "images_seen": images_seen,
-        "examples_drawn": config.steps * config.unique_per_step, "seconds": seconds,
-        "compile_seconds": compile_seconds, "wall_seconds": wall_seconds,
-        "images_per_second": images_seen / seconds, "core_hours": seconds * cores / 3600,
-        "tpu_v4_core_hours": float(paper.tpu_v4_core_hours(total)), **results,
-        "train_loss": float(curve.tail(max(1, len(curve) // 10)).mean()),
-        "device_kind": jax.devices()[0].device_kind, "device_count": jax.device_count(),
-        "platform": jax.default_backend(), "host_cores": cores, "versions": _versions(), **_git(),
-        "started_at": started, "finished_at": _now(), "params_digests": digests,
-    }  # fmt: skip
+def _final(
+    config, program: Programs, state, selection: Selection, evaluated, heldout_source, quarantine
+) -> tuple[dict[str, Any], Any]:
+    """(held-out results, the parameters to keep): those selected, or else the moving average where there is one.
+
+    heldout_* are of the parameters kept; _raw and _ema those of the last step, where more than one is in question.
+    """
+    chosen, results = evaluated(state, config.steps) if selection.source is not None else {}, {}
+    last = {"raw": state.params} | ({} if state.ema is None else {"ema": state.ema})
+    heldout = {name: evaluate(program, config, heldout_source, quarantine, p, "heldout") for name, p in last.items()}
+    if len(last) > 1 or selection.source is not None:
+        results = {f"{name}_{weights}": value for weights, found in heldout.items() for name, value in found.items()}
+    step, weights, kept = config.steps, list(last)[-1], list(last.values())[-1]
+    if selection.source is not None:
+        step, weights = selection.record["step"], selection.record["weights"]
+        kept = program.place_params(selection.params)
+    found = heldout[weights]
+    if step != config.steps:
+        found = evaluate(program, config, heldout_source, quarantine, kept, "heldout")
+    return chosen | results | found | {"kept_step": step, "kept_weights": weights}, kept
+
+
+def _restored(checkpoints: Checkpoints | None, state) -> tuple[int, Any, dict] | None:
+    """(step, state, record) of the newest sound checkpoint, which the first process reads; None where there is none."""
+    template = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state)
+    restored = checkpoints.restore(template) if checkpoints is not None else None
+    if restored is not None:
+        checkpoints.discard_above(restored[0])
+    found = distributed.told(None if restored is None else {"step": restored[0], "record": restored[2]})
+    if found is None:
+        return None
+    saved = template if restored is None else restored[1]
+    return found["step"], distributed.told_arrays(saved), found["record"]
+
+
+def _asked_to_stop(asked: threading.Event, out_dir: Path, number: int) -> bool:
+    """Whether this step is to be the last for now; several processes ask each other every few steps."""
+    own = asked.is_set() or (distributed.is_primary() and (out_dir / STOP).exists())
+    if jax.process_count() == 1:
+        return own
+    return number % distributed.AGREE_EVERY == 0 and any(distributed.gathered(own))
+
+
+@contextlib.contextmanager
+def _heeding_sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, as a pre-empted machine sends it; where signals can be handled, in the main thread."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    previous = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _agree(check) -> None:
+    """`check()` on the first process; its ConfigError in all of them."""
+    error = None
+    if distributed.is_primary():
+        try:
+            check()
+        except ConfigError as refused:
+            error = str(refused)
+    if error := distributed.told(error):
+        raise ConfigError(error)
+
+
+def _finished(out_dir: Path) -> dict | None:
+    return read_summary(out_dir) if distributed.is_primary() and (out_dir / SUMMARY).exists() else None
+
+
+def _refuse_devices(config: RunConfig, devices: int) -> None:
+    if config.batch_size % (devices * config.augmult):
+        raise ConfigError(
+            f"batch_size: {config.batch_size} does not divide among {devices} devices with augmult={config.augmult} views of an"
+            f" example on one; allowed: multiples of {devices * config.augmult}"
+        )
 
 
 def _refuse_other(config: RunConfig, out_dir: Path) -> None:
@@ -224,6 +306,7 @@ def _compilation_cache(folder: Path) -> None:
 @contextlib.contextmanager
 def _lock(out_dir: Path) -> Iterator[None]:
     """One process a run folder; the lock ends with its holder, however that dies."""
+    out_dir.mkdir(parents=True, exist_ok=True)
     with (out_dir / ".lock").open("w") as file:
         for attempt in range(LOCK_SECONDS * 4):
             try:
@@ -250,36 +333,6 @@ def _progress(config: RunConfig, begin: int, shown: bool):
     )  # fmt: skip
 
 
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {"python": sys.version.split()[0]} | {
-        name: version(name)
-        for name in (
-            "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy",
-            "simplejpeg", "pillow", "opencv-python-headless",  # what makes pixels of bytes
-        )
-    }
-
-
-def _git() -> dict[str, Any]:
-    """The commit of the code, and whether files that git tracks differ from it; None outside a checkout."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments], cwd=PROJECT, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": bool(git("status", "--porcelain", "-uno"))}
-    except (OSError, subprocess.CalledProcessError):
-        return {"git_commit": None, "git_dirty": None}
-
-
 def main(argv: list[str] | None = None) -> int:
     """`python -m nfnet_lib.train params.yaml --out DIR`; exit codes 0 done, 1 bad data, 2 bad parameters, 75 stopped."""
     import argparse
@@ -290,8 +343,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("params", type=Path, help="YAML or JSON file of flat parameters")
     parser.add_argument("--out", type=Path, required=True, help="run folder")
     parser.add_argument("--cache-dir", type=Path, help="compiled programs and rendered images, shared by runs")
+    parser.add_argument("--distributed", action="store_true", help="one of several processes, found by themselves (TPU pods,"
+                        " Slurm, Open MPI, Kubernetes) or told by JAX_COORDINATOR_ADDRESS and its like")  # fmt: skip
+    parser.add_argument(
+        "--coordinator", default="", metavar="HOST:PORT", help="of several processes, where the first is"
+    )
+    parser.add_argument("--processes", type=int, default=0, help="with --coordinator: how many")
+    parser.add_argument("--process-id", type=int, default=-1, help="with --coordinator: which this one is, from 0")
     arguments = parser.parse_args(argv)
     try:
+        if arguments.distributed or arguments.coordinator:
+            distributed.start(arguments.coordinator, arguments.processes, arguments.process_id)
         config = config_from_params(yaml.safe_load(arguments.params.read_text()))
         summary = run(config, arguments.out, cache_dir=arguments.cache_dir)
     except (ConfigError, OSError, yaml.YAMLError) as error:

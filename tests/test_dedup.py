@@ -117,10 +117,14 @@ def test_embeddings_as_a_last_stage(folders, tmp_path):
     few.mkdir()
     for path in sorted((folders / "train" / "sub").iterdir())[:6]:
         (few / path.name).write_bytes(path.read_bytes())
-    dedup(str(few), [str(folders / "heldout")], tmp_path / "out", weights=tmp_path / "run", min_cosine=0.5, progress=False)
+    dedup(
+        str(few), [str(folders / "heldout")], tmp_path / "out", weights=tmp_path / "run", min_cosine=0.5, progress=False
+    )
     pairs = read_pairs(tmp_path / "out")
     assert pairs.duplicate.sum() == 6 and (pairs[pairs.duplicate].cosine > 0.5).all() and (pairs.cosine <= 1.0001).all()
-    dedup(str(few), [str(folders / "heldout")], tmp_path / "none", weights=tmp_path / "run", min_cosine=1, progress=False)
+    dedup(
+        str(few), [str(folders / "heldout")], tmp_path / "none", weights=tmp_path / "run", min_cosine=1, progress=False
+    )
     assert read_pairs(tmp_path / "none").duplicate.sum() <= 1
 
 

@@ -24,7 +24,9 @@ HERE = Path(__file__).parent
 
 def jpeg(seed, label=0, side=(24, 30)):
     rng = np.random.default_rng(seed)
-    pixels = np.clip(cv2.resize(rng.integers(0, 90, (4, 5, 3), np.uint8), side[::-1]) + 120 * np.eye(3)[label % 3], 0, 255)
+    pixels = np.clip(
+        cv2.resize(rng.integers(0, 90, (4, 5, 3), np.uint8), side[::-1]) + 120 * np.eye(3)[label % 3], 0, 255
+    )
     return cv2.imencode(".jpg", pixels.astype(np.uint8)[..., ::-1])[1].tobytes()
 
 
@@ -125,9 +127,10 @@ def test_a_folder_of_class_folders(folder, tmp_path):
     assert moved.fingerprint == train.fingerprint, "of the content, not of where it lies"
     (copy / "eel" / "new.jpg").write_bytes(jpeg(999, 2))
     assert {moved.path(i).name for i in range(len(moved))} <= {p.name for p in copy.rglob("*.jpg")}
-    assert load_source(f"folder:{copy}", "train").fingerprint != train.fingerprint or len(
-        load_source(f"folder:{copy}", "heldout")
-    ) == len(heldout) + 1
+    assert (
+        load_source(f"folder:{copy}", "train").fingerprint != train.fingerprint
+        or len(load_source(f"folder:{copy}", "heldout")) == len(heldout) + 1
+    )
 
 
 def test_what_is_no_file_neither_hangs_nor_hides(folder, tmp_path):

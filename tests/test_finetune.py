@@ -55,7 +55,9 @@ def test_a_head_is_kept_where_the_classes_are_the_same(weights, tmp_path):
     options = {"epochs": 1, "batch_size": 16, "resolution": 32, "eval_resolution": 32, "peak_lr": 1e-6}
     config = finetune_config(weights, data, head="keep", **options)
     run(config, tmp_path / "kept", progress=False)
-    np.testing.assert_allclose(load_params(tmp_path / "kept")["head"]["w"], load_weights(weights)[1]["head"]["w"], atol=1e-4)
+    np.testing.assert_allclose(
+        load_params(tmp_path / "kept")["head"]["w"], load_weights(weights)[1]["head"]["w"], atol=1e-4
+    )
     other = picture_folder(tmp_path / "five", 5)
     with pytest.raises(ConfigError, match=r"head: 'keep', but .* has 10 classes and the data 5"):
         run(finetune_config(weights, other, head="keep", **options), tmp_path / "no", progress=False)

@@ -68,7 +68,9 @@ def test_views_mixing_and_randaugment_do_not_depend_on_the_number_of_processes()
     options = {"batch_size": 48, "augmult": 2, "resolution": 9, "seed": 8, "start": 60, "workers": 0, **FULL}
     whole = next(train_batches(source, sampler, **options))
     for count in (2, 3, 4):
-        parts = [next(train_batches(source, sampler, process_index=i, process_count=count, **options)) for i in range(count)]
+        parts = [
+            next(train_batches(source, sampler, process_index=i, process_count=count, **options)) for i in range(count)
+        ]
         for name in ("images", "labels", "label_weights", "ids"):
             np.testing.assert_array_equal(getattr(whole, name), np.concatenate([getattr(p, name) for p in parts]))
 
@@ -292,7 +294,9 @@ def dirty(tmp_path_factory):
     for i in range(40):
         folder = root / "train" / "ab"[i % 2]
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{i}.jpg").write_bytes(encoded(cv2.resize(rng.integers(0, 255, (5, 5, 3), np.uint8), (50, 40)), "JPEG"))
+        (folder / f"{i}.jpg").write_bytes(
+            encoded(cv2.resize(rng.integers(0, 255, (5, 5, 3), np.uint8), (50, 40)), "JPEG")
+        )
     for i, data in enumerate(bad_files().values()):
         (root / "train" / "a" / f"bad{i}.jpg").write_bytes(data)
     return load_source(f"folder:{root}", "train", split_name="train")
@@ -360,7 +364,13 @@ def test_a_hanging_worker_surfaces_with_its_example():
     try:
         with pytest.raises(LoaderError, match=r"example 7 of faulty has been read for \d s"):
             for _ in train_batches(
-                Faulty(hold.wait), ExactlyOnceSampler(50, 1), batch_size=10, resolution=8, seed=0, workers=2, stall_seconds=0.5
+                Faulty(hold.wait),
+                ExactlyOnceSampler(50, 1),
+                batch_size=10,
+                resolution=8,
+                seed=0,
+                workers=2,
+                stall_seconds=0.5,
             ):
                 pass
     finally:
@@ -378,7 +388,10 @@ def test_labels_out_of_range_are_bad_examples_not_clamped():
         eval_batches(source, batch_size=20, resolution=8),
     ):
         batch = next(batches)
-        assert {(b.id, b.reason) for b in batch.bad} == {(3, "label -1 is not in 0 to 19"), (11, "label 20 is not in 0 to 19")}
+        assert {(b.id, b.reason) for b in batch.bad} == {
+            (3, "label -1 is not in 0 to 19"),
+            (11, "label 20 is not in 0 to 19"),
+        }
         assert batch.weights.sum() == 18 and not batch.label_weights[batch.weights == 0].any()
 
 
@@ -428,7 +441,9 @@ def test_the_quarantine_is_written_once_each_and_stops_above_its_share(tmp_path)
     again = Quarantine(path, 2000, 0.001)
     again.add((BadExample(9, 50, "torn"), BadExample(3, -1, "torn")), "heldout")
     assert again.ids == {"train": {5, 9}, "heldout": {3, 9}} and len(path.read_text().splitlines()) == 4
-    with pytest.raises(LoaderError, match=r"max_bad_fraction: 3 of 2000 examples can't be read, more than 0\.001; .*example 8"):
+    with pytest.raises(
+        LoaderError, match=r"max_bad_fraction: 3 of 2000 examples can't be read, more than 0\.001; .*example 8"
+    ):
         again.add((BadExample(8, 60, "torn"),))
     Quarantine(tmp_path / "small.jsonl", 10, 0.001).add((BadExample(0, 0, "one is always allowed"),))
 

@@ -228,7 +228,14 @@ def test_rates_that_diverge_lose_the_search_and_are_not_tried_again(cache, tmp_p
 
 
 def test_a_vit_learns_with_adamw_and_is_fine_tuned_at_a_higher_resolution(tmp_path, cache):
-    vit = {**TINY, "variant": "Ti/4-mini", "evaluations": 1, "hue_spread": 0.0, "examples_per_epoch": 512, "epoch_budget": 1.0}
+    vit = {
+        **TINY,
+        "variant": "Ti/4-mini",
+        "evaluations": 1,
+        "hue_spread": 0.0,
+        "examples_per_epoch": 512,
+        "epoch_budget": 1.0,
+    }
     config = PretrainConfig(**{**vit, "optimizer": "adamw", "peak_lr": 0.004, "num_classes": 4})
     summary = run(config, tmp_path / config.run_id, cache_dir=cache, progress=False)
     assert summary["heldout_loss"] < 0.9 * np.log(4)
