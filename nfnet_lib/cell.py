@@ -93,6 +93,8 @@ def run_cell(
     parameters = config.model_dump(mode="json", exclude={"kind"}) | {"study_dir": project_relative(study_dir)}
     if lr_grid:
         parameters["lr_grid"] = list(lr_grid)
+    if config.kind == "finetune":
+        parameters["comparison_seeds"] = 0
     started = time.time()
     try:
         execute(NOTEBOOKS / _RUN_NOTEBOOK[config.kind], output, parameters, core=core, timeout=timeout)

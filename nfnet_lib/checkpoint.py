@@ -40,9 +40,15 @@ class Checkpoints:
 
         self._ocp = ocp
         self.folder = Path(folder).resolve()
-        self._manager = ocp.CheckpointManager(
-            self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=KEEP, cleanup_tmp_directories=True)
-        )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=KEEP, cleanup_tmp_directories=True, create=False,
+            # Of several processes only the one that calls this writes; Orbax would wait for the others.
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                primary_host=jax.process_index(), active_processes={jax.process_index()}
+            ),
+        )  # fmt: skip
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def save(self, step: int, state: PyTree, record: dict[str, Any]) -> None:
         """Start saving `state` and the JSON `record` of the same moment as checkpoint `step`."""

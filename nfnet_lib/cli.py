@@ -106,11 +106,47 @@ def _finetune(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"-p: {text!r} is not NAME=VALUE")
         overrides[name] = yaml.safe_load(value)
     config = finetune_config(
-        arguments.weights, arguments.data, epochs=arguments.epochs, batch_size=arguments.batch_size, **overrides
-    )
+        arguments.weights, arguments.data, recipe=arguments.recipe, epochs=arguments.epochs,
+        batch_size=arguments.batch_size, **overrides,
+    )  # fmt: skip
     out = arguments.out or PROJECT / "outputs" / "by_hand" / config.run_id
     print(sentence(run(config, out)))
     print(f"the run is in {out}; nfnet predict photo.jpg --weights {out}")
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    import pandas as pd
+
+    from nfnet_lib.evaluate import evaluate_weights, sentence
+    from nfnet_lib.records import results_csv
+
+    if arguments.out is not None and not arguments.out.parent.is_dir():
+        raise ConfigError(f"out: {arguments.out.parent} is not a folder")
+    tables = [
+        evaluate_weights(
+            arguments.weights, name, arguments.resolutions, classes=arguments.classes, labels=arguments.labels,
+            num_examples=arguments.examples, data_dir=arguments.data_dir, workers=arguments.workers,
+        )
+        for name in arguments.data or [""]
+    ]  # fmt: skip
+    table = pd.concat(tables, ignore_index=True)
+    print(table.to_string(index=False, float_format="{:.4f}".format))
+    print(sentence(table))
+    if arguments.out is not None:
+        results_csv(table, arguments.out)
+    return 0
+
+
+def _params(arguments: argparse.Namespace) -> int:
+    import yaml
+
+    from nfnet_lib.config import FinetuneConfig
+    from nfnet_lib.recipe import load_recipe
+
+    params = load_recipe(arguments.recipe).params(arguments.variant)
+    FinetuneConfig.from_params({"pretrained_run": "to-be-named"} | params)
+    print(yaml.safe_dump(params, sort_keys=False), end="")
     return 0
 
 
@@ -165,11 +201,35 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("finetune", _finetune, "Fine-tune weights from a file on a data set, by the published recipe.",
                   "nfnet finetune --weights F0_haiku.npz --data folder:pets --epochs 5 -p resolution=128")  # fmt: skip
     sub.add_argument("--weights", type=Path, required=True, help="released Haiku file, timm file, or big_vision .npz")
-    sub.add_argument("--data", required=True, help="digits | tfds:NAME | folder:DIR | webdataset:DIR")
-    sub.add_argument("--epochs", type=float, default=10, help="epochs of compute (default: 10)")
-    sub.add_argument("--batch-size", type=int, default=32, help="views a step (default: 32)")
+    sub.add_argument(
+        "--data", default="", help="digits | tfds:NAME | folder:DIR | webdataset:DIR; default: the recipe's"
+    )
+    sub.add_argument("--recipe", type=Path, help="recipe file, params/paper/finetune.yaml for example; default: its rates, fit"
+                                                 " to the data")  # fmt: skip
+    sub.add_argument("--epochs", type=float, help="epochs of compute (default: the recipe's, or 10)")
+    sub.add_argument("--batch-size", type=int, help="views a step (default: the recipe's, or 32)")
     sub.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", help="any other parameter")
     sub.add_argument("--out", type=Path, help="run folder; default: outputs/by_hand/<run id>")
+    sub = command("evaluate", _evaluate, "Top-1, top-5, loss and calibration of weights on labelled sets.",
+                  "nfnet evaluate F0_haiku.npz --data tfds:imagenet_v2@test tfds:imagenet_a --resolutions 256 320")  # fmt: skip
+    sub.add_argument("weights", type=Path, help="as for nfnet predict")
+    sub.add_argument(
+        "--data", nargs="+", metavar="NAME[@SPLIT]", help="data sets; default: what a run was evaluated on"
+    )
+    sub.add_argument(
+        "--resolutions", nargs="+", type=int, default=[], help="in pixels; default: that of the weights' test"
+    )
+    sub.add_argument("--classes", default="auto", choices=["auto", "all", "present"],
+                     help="which of the weights' compete; auto: present for ImageNet-A, -R and sets of fewer")  # fmt: skip
+    sub.add_argument("--labels", type=Path, help="names of the weights' classes, to match the set's by")
+    sub.add_argument("--examples", type=int, help="only the first of each set")
+    sub.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that read pictures (default: cores)")
+    sub.add_argument("--data-dir", help="folder of prepared TFDS data")
+    sub.add_argument("--out", type=Path, help="CSV file to write the table to")
+    sub = command("params", _params, "Print a recipe's parameters for one variant, as papermill's -f takes them.",
+                  "nfnet params params/paper/finetune.yaml F7+ > f7plus.yaml")  # fmt: skip
+    sub.add_argument("recipe", type=Path, help="recipe file (YAML)")
+    sub.add_argument("variant", help="architecture, F3 for example")
     sub = command("dedup", _dedup, "Find near-duplicates of held-out pictures in a training set.",
                   "nfnet dedup --train tfds:places365_small --against tfds:imagenet_v2@test digits --out dedup")  # fmt: skip
     sets = "a folder of pictures, or NAME[@SPLIT] of a data set"

@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from nfnet_lib.variants import Variant, ViTVariant, get_variant
 
+_OF_NOTEBOOKS = {"study_dir", "lr_grid", "comparison_seeds"}  # parameters that notebooks have beside a config's
+
 
 class ConfigError(ValueError):
     """A parameter that can't be used: one line that names it, its value and what is allowed."""
@@ -104,7 +106,7 @@ class RunConfig(BaseModel):
     @classmethod
     def from_params(cls, params: Mapping[str, Any]) -> "RunConfig":
         """The config of a flat mapping (papermill's, YAML's). ConfigError in one line on the first thing wrong."""
-        cls._refuse_unknown(params)
+        cls.refuse_unknown(params)
         try:
             return cls(**_numbers(cls, params))
         except ValidationError as error:
@@ -123,11 +125,11 @@ class RunConfig(BaseModel):
         """
         injected = [cell for cell in scope.get("In", ()) if cell.startswith("# Parameters\n")][-1:]
         nodes = [node for cell in injected for node in ast.parse(cell).body if isinstance(node, ast.Assign)]
-        cls._refuse_unknown({target.id for node in nodes for target in node.targets} - {"study_dir", "lr_grid"})
+        cls.refuse_unknown({target.id for node in nodes for target in node.targets} - _OF_NOTEBOOKS)
         return {name: value for name, value in scope.items() if name in cls.model_fields}
 
     @classmethod
-    def _refuse_unknown(cls, names: Iterable[str]) -> None:
+    def refuse_unknown(cls, names: Iterable[str]) -> None:
         unknown = sorted(set(names) - set(cls.model_fields))
         if unknown:
             near = difflib.get_close_matches(unknown[0], cls.model_fields, n=3, cutoff=0.5)
@@ -234,6 +236,9 @@ class FinetuneConfig(RunConfig):
     pretrained_run: str = Field("", description="run_id of the pre-training run whose body is taken over")
     pretrained_weights: str = Field("", description="or a file of released, timm or big_vision weights")
     head: Literal["new", "keep"] = Field("new", description="keep: of the same classes, its head is taken over, too")
+    compared_as: str = Field(
+        "", description="the way of fine-tuning that a run stands for in a comparison; empty: in none"
+    )
 
     @model_validator(mode="after")
     def _check_origin(self) -> "FinetuneConfig":
@@ -283,8 +288,20 @@ class StudyConfig(BaseModel):
     families: dict[Literal["NFNet", "ViT"], FamilyConfig] = Field(
         default_factory=dict, description="what differs between the families of the variants"
     )
-    finetune: dict[str, Any] | None = Field(None, description="FinetuneConfig parameters, or none")
+    finetune: dict[str, Any] | None = Field(
+        None, description="FinetuneConfig parameters, a recipe file's path, or none"
+    )
+    finetune_variants: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="what differs for single variants"
+    )
     finetune_augmults: list[int] = Field(default_factory=lambda: [1], description="fine-tuning runs of each winner")
+    finetune_cells: Literal["winners", "all"] = Field(
+        "winners",
+        description="winners: the best pre-training run of each variant is fine-tuned; all: that of every cell",
+    )
+    comparison_seeds: int = Field(
+        0, ge=0, le=100, description="seeds of a comparison of ways of fine-tuning the first variant; 0: none"
+    )
     notebooks: list[str] = Field(default_factory=list, description="analysis notebooks, executed at the end")
     workers: int = Field(0, ge=0, description="runs at a time; 0: one a core")
     memory_per_run_gb: float = Field(2.0, gt=0)
@@ -309,6 +326,12 @@ class StudyConfig(BaseModel):
         if unknown:
             near = difflib.get_close_matches(unknown[0], cls.model_fields, n=2, cutoff=0.5) or list(cls.model_fields)
             raise ConfigError(f"{unknown[0]}: unknown key of a study; did you mean {' or '.join(near)}?")
+        if isinstance(recipe := content["study"].get("finetune"), str):
+            from nfnet_lib.recipe import load_recipe
+
+            loaded = load_recipe(path.parent / recipe)
+            own = content["study"].get("finetune_variants") or {}
+            content["study"] |= {"finetune": loaded.finetune, "finetune_variants": loaded.variants | own}
         try:
             study = cls(**content["study"])
         except ValidationError as error:
@@ -353,7 +376,8 @@ class StudyConfig(BaseModel):
     def finetune_config(self, variant: str, pretrained_run: str, augmult: int) -> FinetuneConfig:
         """The config of one fine-tuning run of a winner."""
         cell = {"variant": variant, "pretrained_run": pretrained_run, "augmult": augmult}
-        return FinetuneConfig.from_params({**(self.finetune or {}), **self._family(variant).finetune, **cell})
+        own = self._family(variant).finetune | self.finetune_variants.get(variant, {})
+        return FinetuneConfig.from_params({**(self.finetune or {}), **own, **cell})
 
 
 def _numbers(cls: type[BaseModel], params: Mapping[str, Any]) -> dict[str, Any]:

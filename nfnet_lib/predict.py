@@ -68,7 +68,7 @@ def _loaded(weights: str | os.PathLike, resolution: int | None):
 
     def prepared(pictures):
         views = jnp.asarray(eval_views(pictures, resolution, default_margin(resolution)))
-        return views / 127.5 - 1 if variant.pixels == "unit" else normalise(views)
+        return normalise(views, variant.pixels)
 
     return model, params, prepared
 

@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from nfnet_lib import distributed, models
 from nfnet_lib.config import RunConfig
 from nfnet_lib.data import Quarantine
 from nfnet_lib.loader import Examples, eval_batches
 from nfnet_lib.optim import make_adamw, make_optimizer
-from nfnet_lib.sharding import batch_sharding, make_mesh, replicated, state_shardings
+from nfnet_lib.sharding import batch_sharding, make_mesh, place, replicated, state_shardings
 from nfnet_lib.sources import Source, original_id
 from nfnet_lib.step import Schedule, TrainState, eval_step, init_state, train_step
 
@@ -41,9 +41,15 @@ class Programs(NamedTuple):
     evaluation: Any
     eval_batch: int
 
-    def place(self, tree: PyTree) -> PyTree:
-        """The same on every device."""
-        return jax.device_put(tree, replicated(self.mesh))
+    def keys(self, seed: int) -> tuple[Array, Array]:
+        """The keys of a run's initialisation and of its noise, on every device."""
+        split = jax.jit(lambda seed: tuple(jax.random.split(jax.random.key(seed))), out_shardings=replicated(self.mesh))
+        return split(np.uint32(seed))
+
+    def schedule(self, peak_lr: float, warmup_steps: int, steps: int) -> Schedule:
+        """A run's schedule, on every device."""
+        values = Schedule(np.float32(peak_lr), np.int32(warmup_steps), np.int32(steps))
+        return place(values, Schedule(*[replicated(self.mesh)] * 3))
 
     def place_batch(self, examples: Examples) -> Examples:
         """This process's part of a batch, split among its devices."""
@@ -52,11 +58,11 @@ class Programs(NamedTuple):
 
     def place_state(self, state: TrainState) -> TrainState:
         """A training state of the host, as the step wants it."""
-        return jax.device_put(state, self.state_shardings)
+        return place(state, self.state_shardings)
 
     def place_params(self, params: PyTree) -> PyTree:
         """Parameters of the host, as evaluation wants them."""
-        return jax.device_put(params, self.state_shardings.params)
+        return place(params, self.state_shardings.params)
 
 
 @functools.lru_cache(maxsize=1)

@@ -317,6 +317,8 @@ def finetune_table(df: "pd.DataFrame", top1: str = "heldout_top1", compute: str 
     """
     _require(df, ["run_id", "kind", "variant", top1, compute, "heldout_loss"], "df")
     tuned, origins = df[df["kind"] == "finetune"], df[df["kind"] == "pretrain"]
+    if "compared_as" in tuned:  # the runs of a comparison of recipes have a figure of their own
+        tuned = tuned[tuned["compared_as"].fillna("") == ""]
     if len(tuned):
         _require(df, ["pretrained_run"], "df")
         tuned = tuned[tuned["pretrained_run"] != ""]  # runs from weight files have no pre-training to stand beside

@@ -39,3 +39,13 @@ def state_shardings(mesh: Mesh, shapes: PyTree, sharding: str) -> PyTree:
         return NamedSharding(mesh, PartitionSpec(*(DATA if i == axis else None for i in range(leaf.ndim))))
 
     return jax.tree.map(place, shapes)
+
+
+def place(tree: PyTree, shardings: PyTree) -> PyTree:
+    """Arrays of the host, the same in every process, as global arrays with these shardings."""
+
+    def one(leaf, sharding: NamedSharding) -> jax.Array:
+        leaf = np.asarray(leaf)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+    return jax.tree.map(one, tree, shardings)

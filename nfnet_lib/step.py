@@ -36,8 +36,10 @@ class Schedule(NamedTuple):
     total_steps: Int[Array, ""]
 
 
-def normalise(images: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
-    """Bytes to zero mean and unit variance by ImageNet's channel statistics."""
+def normalise(images: UInt8[Array, "B H W 3"], pixels: str = "imagenet") -> Float[Array, "B H W 3"]:
+    """Bytes to zero mean and unit variance by ImageNet's channel statistics; pixels "unit": to [-1, 1] (big_vision)."""
+    if pixels == "unit":
+        return images.astype(jnp.float32) / 127.5 - 1
     return (images.astype(jnp.float32) - jnp.asarray(MEAN_RGB)) / jnp.asarray(STDDEV_RGB)
 
 
@@ -97,14 +99,16 @@ def train_step(
     return TrainState(state.step + 1, params, opt_state, ema), metrics
 
 
-def eval_step(params: Params, examples: Examples, *, model: Model, loss: str = "softmax") -> dict[str, Array]:
+def eval_step(
+    params: Params, examples: Examples, *, model: Model, loss: str = "softmax", pixels: str = "imagenet"
+) -> dict[str, Array]:
     """Weighted sums over the batch: loss in nats, top-1 and top-5 hits, and the weight itself (0 for padding).
 
     calibration [CALIBRATION_BINS]: of the examples in each bin of the top class's probability, the sum of that probability
     minus the hits; the expected calibration error is the sum of its magnitudes over that of the weights
-    (Guo et al., arXiv 1706.04599).
+    (Guo et al., arXiv 1706.04599). pixels: of `normalise`.
     """
-    logits = model.apply(params, normalise(examples.images))
+    logits = model.apply(params, normalise(examples.images, pixels))
     each = {
         "loss": example_loss(logits, examples, loss, 0.0),
         "top1": in_top(logits, examples.labels, 1, examples.label_weights),

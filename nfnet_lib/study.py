@@ -6,6 +6,7 @@ What is done is skipped, so that a study killed at any moment goes on where it w
 
 import contextlib
 import fcntl
+import functools
 import os
 import queue
 import signal
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
 from nfnet_lib import flops
 from nfnet_lib.cell import NOTEBOOKS, CellFailed, cell_dir, execute, project_relative, run_cell
@@ -21,7 +23,9 @@ from nfnet_lib.config import ConfigError, RunConfig, StudyConfig
 from nfnet_lib.records import collect, results_csv, write_json
 from nfnet_lib.variants import VARIANTS
 
-_FREE_TO_CHANGE = ("workers", "memory_per_run_gb", "timeout_minutes", "notebooks")
+_FREE_TO_CHANGE = (
+    "workers", "memory_per_run_gb", "timeout_minutes", "notebooks", "finetune_cells", "comparison_seeds"
+)  # fmt: skip
 
 
 class Pool:
@@ -55,6 +59,17 @@ class Pool:
         except CellFailed as error:
             self.failures[name] = str(error)
             self._say(f"{name}: FAILED: {error}")
+        finally:
+            self._cores.put(core)
+
+    def execute(self, name: str, parameters: dict[str, Any]) -> None:
+        """An analysis notebook that trains, on a core of its own; a failure is reported and remembered."""
+        if self.stopping.is_set():
+            raise KeyboardInterrupt
+        core = self._cores.get()
+        try:
+            timeout = 60 * self._study.timeout_minutes
+            self.failures |= _analyse(name, self._dir, self._say, parameters, core, timeout)
         finally:
             self._cores.put(core)
 
@@ -93,17 +108,17 @@ def run_study(study: StudyConfig, study_dir: Path) -> tuple[Path, dict[str, str]
     study_dir.mkdir(parents=True, exist_ok=True)
     with _exclusive(study_dir), _interruptible(study_dir):
         write_json(study_dir / "study.json", study.model_dump(mode="json"))
-        tuning = len(study.variants) * len(study.finetune_augmults) if study.finetune else 0
+        tuning = len(cells) if study.finetune_cells == "all" else len(study.variants)
+        tuning = tuning * len(study.finetune_augmults) if study.finetune else 0
         with tqdm(total=len(cells) + tuning + len(study.notebooks) + 1, unit="cell", desc=study.name) as bar:
             pool = Pool(study, study_dir, bar.write)
             bar.write(f"{study.name}: {len(cells)} cells, {tuning} fine-tuning runs, {pool.workers} at a time")
             pool.map(lambda cell: _run_pretraining(study, pool, *cell), cells, lambda: bar.update())
             records = collect(study_dir)
             if study.finetune:
-                pool.map(pool.run, _finetuning(study, records), lambda: bar.update())
-                records = collect(study_dir)
-            results_csv(records, study_dir / "results.csv")
+                pool.map(lambda job: job(), _finetuning_jobs(study, pool, records), lambda: bar.update())
             failures = dict(pool.failures)
+            results_csv(collect(study_dir), study_dir / "results.csv")
             for name in study.notebooks:
                 failures |= _analyse(name, study_dir, bar.write)
                 bar.update()
@@ -122,23 +137,44 @@ def _run_pretraining(study: StudyConfig, pool: Pool, variant: str, budget: float
     pool.run(study.pretrain_config(variant, budget, start), lr_grid)
 
 
+def _finetuning_jobs(study: StudyConfig, pool: Pool, records) -> list[Callable[[], None]]:
+    """A job for each fine-tuning run; that of the first variant is followed by the comparison of recipes, if there is one."""
+    configs = _finetuning(study, records)
+    jobs: list[Callable[[], None]] = []
+    compared = [config for config in configs if config.variant == study.variants[0] and config.augmult == 1][:1]
+    for config in compared if study.comparison_seeds else ():
+        configs.remove(config)
+
+        def job(config=config) -> None:
+            pool.run(config)
+            parameters = config.model_dump(mode="json", exclude={"kind"})
+            pool.execute("03_finetune", parameters | {"comparison_seeds": study.comparison_seeds})
+
+        jobs.append(job)
+    return jobs + [functools.partial(pool.run, config) for config in configs]
+
+
 def _finetuning(study: StudyConfig, records) -> list[RunConfig]:
-    """Fine-tuning configs of the best pre-training run of each variant, by held-out loss."""
+    """Fine-tuning configs of the best pre-training run, by held-out loss, of each variant, or of each cell."""
     runs = records[records["kind"] == "pretrain"] if len(records) else records
     configs = []
     for variant in study.variants:
-        own = runs[runs["variant"] == variant].sort_values(["heldout_loss", "run_id"]) if len(runs) else []
+        own = runs[runs["variant"] == variant].sort_values(["heldout_loss", "run_id"]) if len(runs) else runs
         if len(own):
-            configs += [study.finetune_config(variant, own.iloc[0]["run_id"], k) for k in study.finetune_augmults]
+            own = own.drop_duplicates("epoch_budget") if study.finetune_cells == "all" else own.head(1)
+            configs += [study.finetune_config(variant, i, k) for i in own["run_id"] for k in study.finetune_augmults]
     # The two runs of a variant share a compiled program: apart in time, the second finds it.
     size = {variant: flops.num_params(VARIANTS[variant], 10) for variant in study.variants}
     return sorted(configs, key=lambda config: (config.augmult, -size[config.variant]))
 
 
-def _analyse(name: str, study_dir: Path, say: Callable[[str], None]) -> dict[str, str]:
+def _analyse(
+    name: str, study_dir: Path, say: Callable[[str], None], parameters: dict[str, Any] | None = None,
+    core: int | None = None, timeout: float | int = 600,
+) -> dict[str, str]:  # fmt: skip
     try:
         execute(NOTEBOOKS / f"{name}.ipynb", study_dir / "analysis" / f"{name}.ipynb",
-                {"study_dir": project_relative(study_dir)}, timeout=600)  # fmt: skip
+                (parameters or {}) | {"study_dir": project_relative(study_dir)}, core=core, timeout=timeout)  # fmt: skip
         say(f"{name}: executed")
         return {}
     except CellFailed as error:

@@ -27,7 +27,6 @@ from nfnet_lib.program import EVAL_BATCH, PROGRAM_PARAMETERS, Programs, evaluate
 from nfnet_lib.records import FAILURE, PARAMS, SUMMARY, MetricsWriter, read_metrics, read_summary, write_json
 from nfnet_lib.selection import Selection
 from nfnet_lib.sources import cached
-from nfnet_lib.step import Schedule
 from nfnet_lib.weights import load_pretrained, save_params, transfer
 
 STOP = "STOP"  # a file of this name in the run folder asks for one more checkpoint and a clean end
@@ -95,9 +94,8 @@ def _train(config, out_dir, train_source, heldout_source, sampler, initial, aske
         train_source.num_classes, (each[0] * (2 if config.mixup_alpha or config.cutmix else 1), each[1]),
         -(-min(EVAL_BATCH, len(heldout_source)) // jax.device_count()) * jax.device_count(),
     )  # fmt: skip
-    init_key, noise_key = program.place(tuple(jax.random.split(jax.random.key(config.seed))))
-    schedule = Schedule(np.float32(config.peak_lr), np.int32(config.warmup_steps), np.int32(config.steps))
-    schedule = program.place(schedule)
+    init_key, noise_key = program.keys(config.seed)
+    schedule = program.schedule(config.peak_lr, config.warmup_steps, config.steps)
     state = program.init(init_key)
     compile_seconds = time.perf_counter() - clock
     if initial is not None:
