@@ -108,7 +108,8 @@ def sentence(runs: "pd.DataFrame") -> str:
         return "There are no runs to compare: set comparison_seeds to 3."
     table, examples = arm_table(runs), int(runs["heldout_examples"].iloc[0])
     plain, others = table[table["arm"] == PLAIN].iloc[0], table[table["arm"] != PLAIN]
-    start = f"{runs['variant'].iloc[0]} on {runs['dataset'].iloc[0]}: at equal compute plain fine-tuning errs on {plain['mean']:.2f}% of {examples:,} held-out images"
+    setting = f"{runs['variant'].iloc[0]} on {runs['dataset'].iloc[0]}"
+    start = f"{setting}: at equal compute plain fine-tuning errs on {plain['mean']:.2f}% of {examples:,} held-out images"
     listed = "; ".join(
         f"{row.arm} {row.difference:+.2f}" + ("" if np.isnan(row.interval) else f" ± {row.interval:.2f}")
         for row in others.itertuples()
