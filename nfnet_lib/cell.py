@@ -94,7 +94,7 @@ def run_cell(
     if lr_grid:
         parameters["lr_grid"] = list(lr_grid)
     if config.kind == "finetune":
-        parameters["comparison_seeds"] = 0
+        parameters["comparison_seeds"] = -1
     started = time.time()
     try:
         execute(NOTEBOOKS / _RUN_NOTEBOOK[config.kind], output, parameters, core=core, timeout=timeout)

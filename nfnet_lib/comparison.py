@@ -1,5 +1,6 @@
 """Ways of fine-tuning side by side at equal compute: plain, SAM, repeated augmentation, both; seeds and what they can tell."""
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,6 +9,7 @@ import numpy as np
 from nfnet_lib.config import ConfigError, FinetuneConfig
 from nfnet_lib.flops import train_flops
 from nfnet_lib.records import collect
+from nfnet_lib.report import open_study
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,13 +59,26 @@ def run_arms(config: FinetuneConfig, study_dir: Path, seeds: int, *, progress: b
     return runs[runs["run_id"].isin([own.run_id for own in configs])]
 
 
+def runs_to_show(config: FinetuneConfig, study_dir: Path, seeds: int) -> "pd.DataFrame":
+    """`run_arms` with this number of seeds; 0: those on record, of study_dir or else of the laptop study; below 0: none."""
+    if seeds > 0:
+        return run_arms(config, study_dir, seeds)
+    found = recorded(collect(study_dir))
+    if found.empty and seeds == 0:
+        with contextlib.suppress(FileNotFoundError):
+            found = recorded(open_study()[0])
+    return found[:0] if seeds < 0 else found
+
+
 def recorded(df: "pd.DataFrame") -> "pd.DataFrame":
     """The runs of a comparison among records (`records.collect`), a row a run, in the order of ARMS.
 
     Columns: arm, seed, variant, dataset, epoch_budget, augmult, rho, train_flops, heldout_examples, top1_error_percent,
     heldout_loss, run_id.
     """
-    arms = df["compared_as"].fillna("") if "compared_as" in df else df["run_id"].where(False, "")
+    import pandas as pd
+
+    arms = df["compared_as"].fillna("") if "compared_as" in df else pd.Series("", index=df.index)
     runs = df[arms != ""].assign(arm=arms[arms != ""])
     runs = runs.assign(top1_error_percent=100 * (1 - runs["heldout_top1"]))
     runs = runs.sort_values(["arm", "seed"], key=lambda c: c.map(list(ARMS).index) if c.name == "arm" else c)
@@ -77,7 +92,7 @@ def arm_table(runs: "pd.DataFrame") -> "pd.DataFrame":
     """One row an arm of `run_arms`: seeds, mean error, its standard error, difference to plain, half its interval.
 
     difference and interval (NaN for the plain arm, or with one seed): percentage points; Welch's t interval that holds for all
-    arms together with 95% (Bonferroni). The variance of an arm is at least that of rounding to whole examples.
+    arms together with 95% (Bonferroni). The standard deviation over seeds is taken to be at least one example.
     """
     import pandas as pd
     from scipy.stats import t
@@ -86,8 +101,8 @@ def arm_table(runs: "pd.DataFrame") -> "pd.DataFrame":
     grouped = {name: part["top1_error_percent"].to_numpy(float) for name, part in runs.groupby("arm", sort=False)}
     if PLAIN not in grouped:
         raise ValueError(f"runs has no arm {PLAIN!r}; it has {', '.join(map(str, grouped))}")
-    rounding = (100 / runs["heldout_examples"].iloc[0]) ** 2 / 12
-    squares = {n: max(np.var(e, ddof=1), rounding) / len(e) if len(e) > 1 else np.nan for n, e in grouped.items()}
+    least = (100 / runs["heldout_examples"].iloc[0]) ** 2
+    squares = {n: max(np.var(e, ddof=1), least) / len(e) if len(e) > 1 else np.nan for n, e in grouped.items()}
     for name, errors in grouped.items():
         difference, interval = errors.mean() - grouped[PLAIN].mean(), np.nan
         pair = [(squares[n], len(grouped[n])) for n in (name, PLAIN)]
@@ -105,11 +120,13 @@ def arm_table(runs: "pd.DataFrame") -> "pd.DataFrame":
 def sentence(runs: "pd.DataFrame") -> str:
     """What the comparison shows; says so where a difference lies within the noise, or there is no comparison."""
     if runs.empty:
-        return "There are no runs to compare: set comparison_seeds to 3."
+        return "No runs to compare: with comparison_seeds 3 they are made."
     table, examples = arm_table(runs), int(runs["heldout_examples"].iloc[0])
     plain, others = table[table["arm"] == PLAIN].iloc[0], table[table["arm"] != PLAIN]
     setting = f"{runs['variant'].iloc[0]} on {runs['dataset'].iloc[0]}"
-    start = f"{setting}: at equal compute plain fine-tuning errs on {plain['mean']:.2f}% of {examples:,} held-out images"
+    start = (
+        f"{setting}: at equal compute plain fine-tuning errs on {plain['mean']:.2f}% of {examples:,} held-out images"
+    )
     listed = "; ".join(
         f"{row.arm} {row.difference:+.2f}" + ("" if np.isnan(row.interval) else f" ± {row.interval:.2f}")
         for row in others.itertuples()

@@ -22,11 +22,6 @@ def arms(runs: "pd.DataFrame", note: str | None = LAPTOP) -> Figure:
     """Top-1 error of each way of fine-tuning (`comparison.run_arms`): rings are seeds, bars the mean and its 95% interval."""
     from scipy.stats import t
 
-    if runs.empty:
-        figure, axes = new_figure(size=(8, 1.2), note=note)
-        axes.annotate("no runs to compare", (0.5, 0.5), xycoords="axes fraction", ha="center", va="center", color="0.4")
-        axes.set_axis_off()
-        return figure
     table = arm_table(runs)
     figure, axes = new_figure(size=(8, 0.62 * len(table) + 1.4), note=note)
     axes.set_title(f"{runs['variant'].iloc[0]} fine-tuned on {runs['dataset'].iloc[0]}", loc="left", fontsize=11)

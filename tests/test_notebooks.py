@@ -40,9 +40,8 @@ def test_thin_stripped_and_documented(path):
 @pytest.mark.parametrize("name,config", [("02_pretrain", PretrainConfig), ("03_finetune", FinetuneConfig)])
 def test_parameters_are_the_config(name, config):
     source, nodes = parameters(NOTEBOOKS[0].parent / f"{name}.ipynb")
-    assert set(nodes) == set(config.model_fields) - {"kind"} | {"study_dir"} | (
-        {"lr_grid"} if name == "02_pretrain" else set()
-    )
+    own = {"study_dir", "lr_grid" if name == "02_pretrain" else "comparison_seeds"}
+    assert set(nodes) == set(config.model_fields) - {"kind"} | own
     defaults = {key: ast.literal_eval(node.value) for key, node in nodes.items() if key in config.model_fields}
     config.from_params({**defaults, "pretrained_run": "x"} if name == "03_finetune" else defaults)
     for key, node in nodes.items():
