@@ -198,7 +198,8 @@ def test_a_study_takes_its_recipe_from_a_file(tmp_path):
         "finetune: {dataset: digits, examples_per_epoch: 64, batch_size: 32}\nvariants: {F1-mini: {peak_lr: 0.01}}\n"
     )
     (tmp_path / "study.yaml").write_text(
-        "study: {name: s, pretrain: {},\n variants: [F0-mini, F1-mini], epoch_budgets: [1], lr_grid: [0.1], finetune: recipe.yaml}"
+        "study: {name: s, pretrain: {}, variants: [F0-mini, F1-mini], epoch_budgets: [1], lr_grid: [0.1],\n"
+        " finetune: recipe.yaml}"
     )
     study = StudyConfig.from_file(tmp_path / "study.yaml")
     assert [study.finetune_config(v, "x", 1).peak_lr for v in study.variants] == [0.1, 0.01]
