@@ -92,6 +92,10 @@ class RunConfig(BaseModel):
     sharding: Literal["replicated", "fsdp"] = Field(
         "replicated", description="of parameters and optimizer state; fsdp: split over the devices"
     )
+    remat: Literal["none", "activations", "convs", "full"] = Field(
+        "none",
+        description="what the backward pass computes again: nothing, activations, all but convolutions, or everything",
+    )
     unroll: int = Field(1, ge=1, description="blocks a scan step")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of the initialisation, the data order and the noise")
     loader_workers: int = Field(1, ge=0, le=512, description="threads that make batches; 0: none but the training's")

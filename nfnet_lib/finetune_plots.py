@@ -38,6 +38,7 @@ def arms(runs: "pd.DataFrame", note: str | None = LAPTOP) -> Figure:
                       fontsize=9.5)  # fmt: skip
     axes.set_yticks(rows, table["arm"])
     axes.set_ylim(-0.6, len(table) - 0.3)
+    axes.set_xlim(left=max(0.0, axes.get_xlim()[0]))
     axes.grid(axis="y", visible=False)
     epochs = runs.groupby("arm")["epoch_budget"].first()
     steps = "" if epochs.nunique() == 1 else f"; {epochs.max():.3g} epochs, with SAM {epochs.min():.3g}"

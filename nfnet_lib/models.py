@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from nfnet_lib.nfnet import NFNet
+from nfnet_lib.nfnet import REMAT, NFNet
 from nfnet_lib.variants import (
     BOTTLENECK_RULES,
     POOLS,
@@ -56,14 +56,17 @@ class Model:
         self, params: Params, images: Float[Array, "B H W 3"], *, train: bool = False, key: Key[Array, ""] | None = None
     ) -> Float[Array, "B K"]:
         """Float32 logits [B, num_classes] of normalised NHWC images. train=True: stochastic depth and dropout, from key."""
-        return self.apply_with_features(params, images, train=train, key=key)[0]
+        return self._call(params, images, train=train, key=key)[0]
 
     def apply_with_features(
         self, params: Params, images: Float[Array, "B H W 3"], *, train: bool = False, key: Key[Array, ""] | None = None
     ) -> tuple[Float[Array, "B K"], dict[str, Array]]:
         """Logits, and {"features": pooled features [B, C], "signals": [blocks, 3] (see nfnet.signal_figures)}."""
+        return self._call(params, images, train=train, key=key, signals=True)
+
+    def _call(self, params: Params, images: Array, **options):
         state = jax.tree.unflatten(jax.tree.structure(self._state), jax.tree.leaves(params))
-        return nnx.merge(self._graphdef, state)(images, train=train, key=key)
+        return nnx.merge(self._graphdef, state)(images, **options)
 
     def param_shapes(self) -> Params:
         """The nested dict of `init` with jax.ShapeDtypeStruct leaves; nothing is computed."""
@@ -71,19 +74,22 @@ class Model:
 
 
 _SETTINGS = {
-    "NFNet": ("stochdepth_rate", "drop_rate", "bottleneck_rule", "dtype", "unroll"),
-    "ViT": ("stochdepth_rate", "drop_rate", "image_size", "pool", "position", "dtype", "unroll"),
+    "NFNet": ("stochdepth_rate", "drop_rate", "bottleneck_rule", "dtype", "unroll", "remat", "hoist"),
+    "ViT": ("stochdepth_rate", "drop_rate", "image_size", "pool", "position", "dtype", "unroll", "remat"),
 }
-_CHOICES = {"bottleneck_rule": BOTTLENECK_RULES, "pool": POOLS, "position": POSITIONS}
+_CHOICES = {"bottleneck_rule": BOTTLENECK_RULES, "pool": POOLS, "position": POSITIONS, "remat": REMAT}
 
 
 def create(name: str, num_classes: int | None = None, **settings: Any) -> Model:
     """The model called `name` (see variants.VARIANTS), with 1,000 classes unless said; of loaded weights, with theirs.
 
     settings: stochdepth_rate, drop_rate (rates in [0, 1), default 0), dtype of the activations (default float32), unroll
-    (blocks a scan step); of NFNets bottleneck_rule ("published" | "released"); of ViTs image_size (pixels, of the learned
-    position grid), pool ("gap" | "map" | "tok", default as published), position ("learned" | "sincos2d"). ValueError for an
-    unknown name, a setting that the family does not have, or a value out of range.
+    (blocks a scan step), remat (what the backward pass computes again of a block: "none", "activations", "convs": all but
+    the convolutions, "full": everything); of NFNets bottleneck_rule ("published" | "released"), hoist (weights standardised
+    before the scan; default: not on CPU); of ViTs image_size (pixels, of the learned position grid), pool ("gap" | "map" |
+    "tok", default as published), position ("learned" | "sincos2d"). ValueError for an unknown name, a setting that the
+    family does not have, or
+    a value out of range.
     """
     variant = get_variant(name)
     if isinstance(name, LoadedVariant):

@@ -14,22 +14,48 @@ How this differs from the release, none of it in the numbers:
   the keep rate, as in the code (the residual branch's gain is learned).
 """
 
+import contextlib
+import contextvars
 import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
 from nfnet_lib.variants import ALPHA, STAGE_STRIDES, STEM_CHANNELS, Variant
 
+REMAT = ("none", "activations", "convs", "full")
+_BACKEND: contextvars.ContextVar[str] = contextvars.ContextVar("backend", default="")
+
 GELU_SCALE = 1.7015043497085571  # makes gelu variance-preserving on unit Gaussians (nfnets/base.py nonlinearities)
+
+
+@contextlib.contextmanager
+def for_backend(name: str) -> Iterator[None]:
+    """Trace what is within for "cpu", "gpu" or "tpu", though it may be compiled on another: the forms of operations differ."""
+    token = _BACKEND.set(name)
+    try:
+        yield
+    finally:
+        _BACKEND.reset(token)
+
+
+def backend() -> str:
+    """Of `for_backend`, or else jax's own."""
+    return _BACKEND.get() or jax.default_backend()
 
 
 def activation(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """GELU (tanh form) scaled to preserve variance."""
     return jax.nn.gelu(x) * GELU_SCALE
+
+
+# The same, of which the backward pass keeps the input alone: XLA fuses its recomputation with what it is multiplied with.
+lean_activation = jax.checkpoint(activation, prevent_cse=False)
 
 
 def standardise_weight(w: Float[Array, "H W I O"], gain: Float[Array, " O"]) -> Float[Array, "H W I O"]:
@@ -45,14 +71,14 @@ def standardise_weight(w: Float[Array, "H W I O"], gain: Float[Array, " O"]) -> 
 
 def _column_sums(x: Float[Array, "I O"]) -> Float[Array, " O"]:
     """Sums over the first axis; on CPU as a matrix product, which XLA runs faster than its reductions (LOG.md)."""
-    return jnp.ones(len(x)) @ x if jax.default_backend() == "cpu" else x.sum(0)
+    return jnp.ones(len(x)) @ x if backend() == "cpu" else x.sum(0)
 
 
 def convolve(
     x: Float[Array, "B H W I"], w: Float[Array, "KH KW IG O"], stride: int, groups: int
 ) -> Float[Array, "B H2 W2 O"]:
     """SAME convolution, NHWC by HWIO; on CPU as a matrix product (see the module's head)."""
-    if jax.default_backend() == "cpu":
+    if backend() == "cpu":
         if w.shape[:2] == (1, 1) and stride == 1:
             return x @ w[0, 0]
         return grouped_matmul_convolve(x, w, stride, groups)
@@ -113,9 +139,19 @@ class ScaledWSConv(nnx.Module):
         self.bias = parameter((outputs,))
         self.stride, self.groups = stride, groups
 
-    def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B H2 W2 O"]:
-        w = standardise_weight(self.w[...], self.gain[...]).astype(x.dtype)
-        return convolve(x, w, self.stride, self.groups) + self.bias[...].astype(x.dtype)
+    def __call__(
+        self, x: Float[Array, "B H W I"], w: Float[Array, "KH KW IG O"] | None = None
+    ) -> Float[Array, "B H2 W2 O"]:
+        """w: the standardised weights, where they have been computed before."""
+        if w is None:
+            w = self.standardised(x.dtype)
+        out = convolve(x, w, self.stride, self.groups) + self.bias[...].astype(x.dtype)
+        return checkpoint_name(out, "conv")
+
+    def standardised(self, dtype) -> Float[Array, "*D KH KW IG O"]:
+        """Standardised weights; of stacked parameters, each by itself."""
+        function = standardise_weight if self.w.ndim == 4 else jax.vmap(standardise_weight)
+        return function(self.w[...], self.gain[...]).astype(dtype)
 
 
 class Linear(nnx.Module):
@@ -148,7 +184,9 @@ class Block(nnx.Module):
     pooling where it strides. skip_gain starts at 0 (SkipInit), so a fresh network is its shortcut path.
     """
 
-    def __init__(self, inputs: int, outputs: int, bottleneck: int, *, groups: int, stride: int, transition: bool):
+    def __init__(
+        self, inputs: int, outputs: int, bottleneck: int, *, groups: int, stride: int, transition: bool, lean: bool
+    ):  # fmt: skip
         self.conv0 = ScaledWSConv(inputs, bottleneck, 1)
         self.conv1 = ScaledWSConv(bottleneck, bottleneck, 3, stride=stride, groups=groups)
         self.conv1b = ScaledWSConv(bottleneck, bottleneck, 3, groups=groups)
@@ -158,27 +196,32 @@ class Block(nnx.Module):
         self.squeeze_excite = SqueezeExcite(outputs)
         self.skip_gain = parameter(())
         self.stride, self.transition = stride, transition
+        self.activation = lean_activation if lean else activation
 
     def __call__(
-        self, x: Float[Array, "B H W I"], beta: float | Float[Array, ""], drop_mask: Float[Array, "B 1 1 1"] | None
-    ) -> tuple[Float[Array, "B H2 W2 O"], Float[Array, ""]]:
-        """The block's output and the variance of its residual branch before the skip gain (mean over channels).
+        self, x: Float[Array, "B H W I"], beta: float | Float[Array, ""], drop_mask: Float[Array, "B 1 1 1"] | None,
+        weights: dict[str, Array] | None = None, signals: bool = False,
+    ) -> tuple[Float[Array, "B H2 W2 O"], Float[Array, "3"] | None]:  # fmt: skip
+        """The block's output and, with signals, its `signal_figures`.
 
-        drop_mask: 1 keeps and 0 drops the branch of an example (stochastic depth), or None.
+        drop_mask: 1 keeps and 0 drops the branch of an example (stochastic depth), or None. weights: standardised weights of
+        its convolutions by name, where they have been computed before.
         """
-        out = activation(x) * jnp.asarray(beta, x.dtype)
+        weights = weights or {}
+        out = self.activation(x) * jnp.asarray(beta, x.dtype)
         shortcut = x
         if self.transition:
             shortcut = self.conv_shortcut(average_pool(out) if self.stride > 1 else out)
-        out = self.conv0(out)
-        out = self.conv1(activation(out))
-        out = self.conv1b(activation(out))
-        out = self.conv2(activation(out))
-        out = out * self.squeeze_excite(out) * 2
-        branch_variance = jnp.mean(jnp.var(out, axis=(0, 1, 2)))
+        out = self.conv0(out, weights.get("conv0"))
+        out = self.conv1(self.activation(out), weights.get("conv1"))
+        out = self.conv1b(self.activation(out), weights.get("conv1b"))
+        out = self.conv2(self.activation(out), weights.get("conv2"))
+        branch = out * self.squeeze_excite(out) * 2
+        out = branch
         if drop_mask is not None:
             out = out * drop_mask.astype(out.dtype)
-        return shortcut + out * (ALPHA * self.skip_gain[...]).astype(out.dtype), branch_variance
+        x = shortcut + out * (ALPHA * self.skip_gain[...]).astype(out.dtype)
+        return x, signal_figures(x, jnp.mean(jnp.var(branch, axis=(0, 1, 2)))) if signals else None
 
 
 def average_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
@@ -202,14 +245,16 @@ class Stage(nnx.Module):
 
     def __init__(
         self, inputs: int, outputs: int, bottleneck: int, depth: int, *,
-        groups: int, stride: int, first_beta: float, unroll: int,
+        groups: int, stride: int, first_beta: float, unroll: int, remat: str, hoist: bool | None,
     ):  # fmt: skip
-        self.first = Block(inputs, outputs, bottleneck, groups=groups, stride=stride, transition=True)
+        lean = remat == "activations"
+        self.first = Block(inputs, outputs, bottleneck, groups=groups, stride=stride, transition=True, lean=lean)
         if depth > 1:
-            graphdef, state = nnx.split(Block(outputs, outputs, bottleneck, groups=groups, stride=1, transition=False))
+            block = Block(outputs, outputs, bottleneck, groups=groups, stride=1, transition=False, lean=lean)
+            graphdef, state = nnx.split(block)
             stacked = jax.tree.map(lambda p: jnp.broadcast_to(p, (depth - 1, *p.shape)), state)
             self.rest = nnx.merge(graphdef, stacked)
-        self.depth, self.unroll = depth, unroll
+        self.depth, self.unroll, self.remat, self.hoist = depth, unroll, remat, hoist
         self.betas = (first_beta, *((1 + ALPHA**2 * i) ** -0.5 for i in range(1, depth)))
 
     @property
@@ -218,30 +263,50 @@ class Stage(nnx.Module):
         return (1 + ALPHA**2 * self.depth) ** -0.5
 
     def __call__(
-        self, x: Float[Array, "B H W I"], drop_masks: Float[Array, "D B 1 1 1"] | None
-    ) -> tuple[Float[Array, "B H2 W2 O"], Float[Array, "D 3"]]:
-        """Output and, for each block, the signal figures of `signal_figures`."""
-        x, branch = self.first(x, self.betas[0], None if drop_masks is None else drop_masks[0])
-        signals = signal_figures(x, branch)[None]
+        self, x: Float[Array, "B H W I"], drop_masks: Float[Array, "D B 1 1 1"] | None, signals: bool = False
+    ) -> tuple[Float[Array, "B H2 W2 O"], Float[Array, "D 3"] | None]:
+        """Output and, with signals, the figures of each block."""
+
+        def run(module: nnx.Module):
+            """(function of the module's parameters and a block's inputs, those parameters)"""
+            graphdef, state = nnx.split(module)
+
+            def block(state, x, beta, mask, weights):
+                return nnx.merge(graphdef, state)(x, beta, mask, weights, signals)
+
+            return rematerialised(block, self.remat), state
+
+        first, state = run(self.first)
+        x, figures = first(state, x, jnp.float32(self.betas[0]), None if drop_masks is None else drop_masks[0], None)
         if self.depth == 1:
-            return x, signals
-        graphdef, state = nnx.split(self.rest)
+            return x, figures[None] if signals else None
+        rest, state = run(self.rest)
+        weights = None
+        if self.hoist if self.hoist is not None else backend() != "cpu":
+            names = ("conv0", "conv1", "conv1b", "conv2")
+            weights = {name: getattr(self.rest, name).standardised(x.dtype) for name in names}
 
         def body(x, scanned):
-            state, beta, mask = scanned
-            x, branch = nnx.merge(graphdef, state)(x, beta, mask)
-            return x, signal_figures(x, branch)
+            state, beta, mask, weights = scanned
+            return rest(state, x, beta, mask, weights)
 
-        scanned = (state, jnp.asarray(self.betas[1:]), None if drop_masks is None else drop_masks[1:])
-        x, rest = jax.lax.scan(body, x, scanned, unroll=min(self.unroll, self.depth - 1))
-        return x, jnp.concatenate([signals, rest])
+        scanned = (state, jnp.asarray(self.betas[1:]), None if drop_masks is None else drop_masks[1:], weights)
+        x, others = jax.lax.scan(body, x, scanned, unroll=min(self.unroll, self.depth - 1))
+        return x, jnp.concatenate([figures[None], others]) if signals else None
+
+
+def rematerialised(function, remat: str):
+    """`function`, of which the backward pass computes again what `remat` does not keep."""
+    if remat in ("none", "activations"):
+        return function
+    policy = jax.checkpoint_policies.save_only_these_names("conv") if remat == "convs" else None
+    return jax.checkpoint(function, policy=policy, prevent_cse=False)
 
 
 def signal_figures(x: Float[Array, "... C"], branch_variance: Float[Array, ""]) -> Float[Array, "3"]:
     """[mean over channels of the squared channel mean, mean channel variance, residual branch variance], float32.
 
-    The three lines of a signal propagation plot (Brock et al. 2021a, arXiv 2101.08692 section 3). Not computed where
-    nobody reads them: XLA removes unused outputs.
+    The three lines of a signal propagation plot (Brock et al. 2021a, arXiv 2101.08692 section 3).
     """
     x = x.astype(jnp.float32)
     axes = tuple(range(x.ndim - 1))
@@ -255,7 +320,7 @@ class NFNet(nnx.Module):
     def __init__(
         self, variant: Variant, num_classes: int, *,
         stochdepth_rate: float = 0.0, drop_rate: float = 0.0, bottleneck_rule: str = "published",
-        dtype=jnp.float32, unroll: int = 1,
+        dtype=jnp.float32, unroll: int = 1, remat: str = "none", hoist: bool | None = None,
     ):  # fmt: skip
         stem_outputs = (*STEM_CHANNELS, variant.width[0] // 2)
         inputs = (3, *stem_outputs)
@@ -266,7 +331,7 @@ class NFNet(nnx.Module):
         for index, (width, depth, stride) in enumerate(zip(variant.width, variant.depth, STAGE_STRIDES, strict=True)):
             stage = Stage(
                 channels, width, variant.bottleneck(index, bottleneck_rule), depth,
-                groups=variant.groups(index), stride=stride, first_beta=beta, unroll=unroll,
+                groups=variant.groups(index), stride=stride, first_beta=beta, unroll=unroll, remat=remat, hoist=hoist,
             )  # fmt: skip
             setattr(self, f"stage{index}", stage)
             channels, beta = width, stage.final_beta
@@ -275,9 +340,10 @@ class NFNet(nnx.Module):
         self.drop_rate, self.stochdepth_rate, self.dtype = drop_rate, stochdepth_rate, dtype
 
     def __call__(
-        self, images: Float[Array, "B H W 3"], *, train: bool = False, key: Key[Array, ""] | None = None
-    ) -> tuple[Float[Array, "B K"], dict]:
-        """Logits in float32, and {"features": pooled [B, C], "signals": [blocks, 3]}.
+        self, images: Float[Array, "B H W 3"], *, train: bool = False, key: Key[Array, ""] | None = None,
+        signals: bool = False,
+    ) -> tuple[Float[Array, "B K"], dict]:  # fmt: skip
+        """Logits in float32, and {"features": pooled [B, C]}; with signals also {"signals": [blocks, 3]}.
 
         train=True turns on stochastic depth and dropout, which need `key` where their rates are not 0.
         """
@@ -297,14 +363,14 @@ class NFNet(nnx.Module):
             keep = 1 - self.stochdepth_rate * jnp.arange(blocks) / blocks
             masks = jax.random.bernoulli(depth_key, keep[:, None], (blocks, len(images)))
             masks = masks.astype(self.dtype)[:, :, None, None, None]
-        signals, start = [], 0
+        figures, start = [], 0
         for stage in stages:
-            x, figures = stage(x, None if masks is None else masks[start : start + stage.depth])
-            signals.append(figures)
+            x, own = stage(x, None if masks is None else masks[start : start + stage.depth], signals)
+            figures.append(own)
             start += stage.depth
         features = activation(self.final_conv(x)).astype(jnp.float32).mean((1, 2))
         out = features
         if random and self.drop_rate > 0:
             mask = jax.random.bernoulli(drop_key, 1 - self.drop_rate, out.shape)
             out = jnp.where(mask, out / (1 - self.drop_rate), 0)
-        return self.head(out), {"features": features, "signals": jnp.concatenate(signals)}
+        return self.head(out), {"features": features} | ({"signals": jnp.concatenate(figures)} if signals else {})

@@ -25,7 +25,7 @@ EVAL_BATCH = 128
 
 # What a compiled program depends on; everything else of a config is data to it.
 PROGRAM_PARAMETERS = (
-    "variant", "drop_rate", "stochdepth_rate", "dtype", "unroll", "batch_size", "resolution", "eval_resolution",
+    "variant", "drop_rate", "stochdepth_rate", "dtype", "unroll", "remat", "batch_size", "resolution", "eval_resolution",
     "loss", "head_bias", "optimizer", "momentum", "adam_b2", "grad_clip", "weight_decay", "agc_clip", "agc_eps",
     "label_smoothing", "rho", "ascent_fraction", "sam_perturbation", "ema_decay", "sharding",
 )  # fmt: skip
@@ -74,7 +74,7 @@ def programs(values: tuple, settings: tuple, num_classes: int, labels: tuple[int
     config, mesh = types.SimpleNamespace(**dict(values)), make_mesh()
     model = models.create(
         config.variant, num_classes, drop_rate=config.drop_rate, stochdepth_rate=config.stochdepth_rate,
-        dtype=jnp.dtype(config.dtype), unroll=config.unroll, **dict(settings),
+        dtype=jnp.dtype(config.dtype), unroll=config.unroll, remat=config.remat, **dict(settings),
     )  # fmt: skip
     if config.optimizer == "adamw":
         optimizer = make_adamw(

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from nfnet_lib.nfnet import Linear, parameter, signal_figures
+from nfnet_lib.nfnet import Linear, parameter, rematerialised, signal_figures
 from nfnet_lib.variants import ViTVariant
 
 NORM_EPS = 1e-6
@@ -96,7 +96,7 @@ class ViT(nnx.Module):
 
     def __init__(
         self, variant: ViTVariant, num_classes: int, *, image_size: int | None = None,
-        stochdepth_rate: float = 0.0, drop_rate: float = 0.0, dtype=jnp.float32, unroll: int = 1,
+        stochdepth_rate: float = 0.0, drop_rate: float = 0.0, dtype=jnp.float32, unroll: int = 1, remat: str = "none",
     ):  # fmt: skip
         width, patch = variant.width, variant.patch
         self.embedding = Linear(3 * patch**2, width)
@@ -114,13 +114,14 @@ class ViT(nnx.Module):
         if self.pool_type == "tok":
             self.cls = parameter((1, 1, width))
         self.head = Linear(width, num_classes, std=0.0)
-        self.patch, self.depth, self.unroll = patch, variant.depth, unroll
+        self.patch, self.depth, self.unroll, self.remat = patch, variant.depth, unroll, remat
         self.drop_rate, self.stochdepth_rate, self.dtype = drop_rate, stochdepth_rate, dtype
 
     def __call__(
-        self, images: Float[Array, "B H W 3"], *, train: bool = False, key: Key[Array, ""] | None = None
-    ) -> tuple[Float[Array, "B K"], dict]:
-        """Logits in float32, and {"features": pooled [B, D], "signals": [blocks, 3]} as `nfnet.NFNet`."""
+        self, images: Float[Array, "B H W 3"], *, train: bool = False, key: Key[Array, ""] | None = None,
+        signals: bool = False,
+    ) -> tuple[Float[Array, "B K"], dict]:  # fmt: skip
+        """Logits in float32, and {"features": pooled [B, D]}, with signals also {"signals": [blocks, 3]}, as `nfnet.NFNet`."""
         random = train and (self.drop_rate > 0 or self.stochdepth_rate > 0)
         if random and key is None:
             raise ValueError("key: train=True with stochastic depth or dropout needs a jax.random.key")
@@ -144,12 +145,14 @@ class ViT(nnx.Module):
             masks = masks.astype(self.dtype)[..., None, None]
         graphdef, state = nnx.split(self.blocks)
 
-        def body(x, scanned):
-            state, mask = scanned
+        def block(state, x, mask):
             out = nnx.merge(graphdef, state)(x, mask)
-            return out, signal_figures(out, jnp.mean(jnp.var(out - x, axis=(0, 1))))
+            return out, signal_figures(out, jnp.mean(jnp.var(out - x, axis=(0, 1)))) if signals else None
 
-        x, signals = jax.lax.scan(body, x, (state, masks), unroll=min(self.unroll, self.depth))
+        block = rematerialised(block, self.remat)
+        x, figures = jax.lax.scan(
+            lambda x, scanned: block(scanned[0], x, scanned[1]), x, (state, masks), unroll=min(self.unroll, self.depth)
+        )
         x = self.norm(x)
         if self.pool_type == "map":
             x = self.pool(x)
@@ -160,7 +163,7 @@ class ViT(nnx.Module):
         if random and self.drop_rate > 0:
             mask = jax.random.bernoulli(drop_key, 1 - self.drop_rate, out.shape)
             out = jnp.where(mask, out / (1 - self.drop_rate), 0)
-        return self.head(out), {"features": features, "signals": signals}
+        return self.head(out), {"features": features} | ({"signals": figures} if signals else {})
 
 
 def resample_positions(grid: Float[Array, "1 N D"], rows: int, columns: int) -> Float[Array, "1 M D"]:

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from released import released_norms, rule_params
 
 from nfnet_lib import flops, models
 from nfnet_lib.losses import softmax_cross_entropy
-from nfnet_lib.nfnet import average_pool, convolve, grouped_matmul_convolve, standardise_weight
+from nfnet_lib.nfnet import Stage, average_pool, convolve, grouped_matmul_convolve, standardise_weight
 from nfnet_lib.optim import make_optimizer
 from nfnet_lib.pretrained import released_names
 from nfnet_lib.variants import VARIANTS, get_variant
@@ -217,3 +218,24 @@ def test_stochastic_depth_at_full_rate_drops_the_later_blocks_more():
 def test_bad_input_is_named(arguments, settings, words):
     with pytest.raises(ValueError, match=words):
         models.create(*arguments, **settings)
+
+
+def stage_gradient(remat="none", hoist=None, unroll=1):
+    """Loss and gradient of a small stage of four blocks with these settings."""
+    options = {"groups": 2, "stride": 2, "first_beta": 1.0, "unroll": unroll, "remat": remat, "hoist": hoist}
+    graphdef, state = nnx.split(Stage(8, 12, 8, 4, **options))
+    leaves, structure = jax.tree.flatten(state)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    state = jax.tree.unflatten(structure, [jax.random.normal(k, p.shape) for k, p in zip(keys, leaves, strict=True)])
+    x, masks = jax.random.normal(jax.random.key(1), (3, 8, 8, 8)), jnp.ones((4, 3, 1, 1, 1)).at[2, 1].set(0)
+    return jax.jit(jax.value_and_grad(lambda state, x: jnp.sum(nnx.merge(graphdef, state)(x, masks)[0] ** 2), (0, 1)))(
+        state, x
+    )
+
+
+@pytest.mark.parametrize("settings", [("activations",), ("convs", True, 2), ("full",), ("none", True)])
+def test_what_is_kept_and_where_weights_are_standardised_changes_no_number(settings):
+    (loss, grads), (expected, plain) = stage_gradient(*settings), stage_gradient()
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4 * float(jnp.max(jnp.abs(other))))

@@ -136,6 +136,40 @@ for seed, fraction, synchronised in ((0, 1.0, False), (1, 0.5, False), (2, 1.0, 
     moved = [jax.tree.map(lambda w, g: w + 0.05 * g / optax.tree.norm(a), params, a) for a in ascents]
     assert_close(grads, mean([gradient(m, b, keys[1]) for m, b in zip(moved, own)]))
     assert_close(loss, mean([network(params, p, keys[0])[0] for p in part]))
+
+from nfnet_lib.loader import Examples
+from nfnet_lib.losses import softmax_cross_entropy
+from nfnet_lib.sharding import batch_sharding
+from nfnet_lib.step import Schedule, TrainState, normalise, train_step
+
+class Linear:
+    def apply(self, params, images, train=False, key=None):
+        return images.reshape(len(images), -1) @ params['w']
+
+rng = np.random.default_rng(3)
+weights = (np.arange(32) % 5 != 0).astype(np.float32)
+weights[: 32 // count] = [1] + [0] * (32 // count - 1)  # all but one of the first device's can't be read
+examples = Examples(rng.integers(0, 255, (32, 2, 2, 3), np.uint8), rng.integers(0, 4, (32, 1)).astype(np.int32),
+                    np.ones((32, 1), np.float32), weights)
+start = {'w': jnp.asarray(rng.normal(size=(12, 4)), jnp.float32)}
+state, schedule = TrainState(jnp.int32(0), start, (), None), Schedule(jnp.float32(1), jnp.int32(0), jnp.int32(9))
+
+def total(params, some):
+    each = softmax_cross_entropy(Linear().apply(params, normalise(some.images)), some.labels, 0.0, some.label_weights)
+    return jnp.sum(each * some.weights) / weights.sum()
+
+for per_device in (True, False):
+    step = jax.jit(lambda state, examples: train_step(
+        state, examples, schedule, jax.random.key(0), model=Linear(), optimizer=optax.identity(), loss='softmax',
+        label_smoothing=0.0, rho=0.05, ascent_fraction=1.0, ema_decay=0.0, mesh=mesh, per_device=per_device))
+    after, metrics = step(state, jax.device_put(examples, batch_sharding(mesh)))
+    rows = 32 // count if per_device else 32
+    own = [jax.tree.map(lambda x: x[i : i + rows], examples) for i in range(0, 32, rows)]
+    ascents = [jax.grad(total)(start, part) for part in own]
+    moved = [jax.tree.map(lambda w, g: w + 0.05 * g / optax.tree.norm(a), start, a) for a in ascents]
+    summed = sum(jax.grad(total)(m, part)['w'] for m, part in zip(moved, own))
+    assert_close(start['w'] - after.params['w'], summed)
+    assert_close(metrics['loss'], total(start, examples))
 """
 
 

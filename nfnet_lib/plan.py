@@ -1,0 +1,193 @@
+"""What a training step costs on a TPU, asked of the TPU's own compiler on a machine without one.
+
+libtpu (the [plan] extra) compiles ahead of time for a named topology and writes into the optimised program how many cycles
+it expects of every instruction. Those are estimates; `calibration` sets them beside published times.
+"""
+
+import functools
+import os
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from nfnet_lib import models
+from nfnet_lib.config import ConfigError
+from nfnet_lib.loader import Examples
+from nfnet_lib.nfnet import for_backend
+from nfnet_lib.optim import make_optimizer
+from nfnet_lib.sharding import batch_sharding, make_mesh, replicated, state_shardings
+from nfnet_lib.step import Schedule, init_state, train_step
+
+# libtpu looks for a TPU machine's metadata unless told not to; none of this reaches other processes.
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v4-8", "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}  # fmt: skip
+_TOPOLOGY = re.compile(r"(v[2-6][ep]?):(\d+)x(\d+)(?:x(\d+))?")
+
+
+class Estimate(NamedTuple):
+    """The compiler's view of one step on one device: estimated_cycles, and bytes of memory by what needs them."""
+
+    cycles: float
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+    program: int
+
+    @property
+    def peak(self) -> int:
+        """Bytes of memory that the step needs: state and batch, temporaries, and what of the outputs is not in place."""
+        return self.arguments + self.outputs - self.aliased + self.temporaries + self.program
+
+
+def devices_of(topology: str, *, megacore: bool = True) -> list:
+    """The devices of a TPU topology such as "v4:2x2x1". megacore: of v4 and v5p, chips as `jax.devices()` shows them there.
+
+    ConfigError for a topology that the compiler does not know, or without libtpu.
+    """
+    if not _TOPOLOGY.fullmatch(topology):
+        raise ConfigError(f"topology: {topology!r} is not of the form v4:2x2x1")
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from jax.experimental import topologies
+
+    options = {"chip_config_name": "megacore" if megacore else "default"} if topology.startswith("v4") else {}
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
+    except Exception as error:  # libtpu and the plugin loader raise kinds of their own
+        text = str(error).splitlines()[0][:300]
+        hint = (
+            "install the [plan] extra"
+            if "libtpu" in text.lower() or "registered" in text
+            else "is it one of the TPU's?"
+        )
+        raise ConfigError(f"topology: {topology!r} can't be compiled for ({hint}): {text}") from None
+
+
+def compile_train_step(
+    variant: str, *, topology: str, global_batch: int, num_classes: int = 1000, megacore: bool = True, resolution: int = 224,
+    dtype: str = "bfloat16", sharding: str = "replicated", rho: float = 0.0, ascent_fraction: float = 1.0,
+    compiler_options: dict[str, Any] | None = None, **settings: Any,
+) -> jax.stages.Compiled:  # fmt: skip
+    """The training step of a variant compiled for a TPU topology: SGD with AGC, float32 parameters, uint8 images.
+
+    settings: of `models.create` (remat, unroll, ...), by default `lean_settings`. ConfigError for a batch that the devices do
+    not divide and for topologies that the compiler does not know; jax's own error where a step does not fit the memory.
+    """
+    mesh = make_mesh(devices_of(topology, megacore=megacore))
+    if global_batch % mesh.size:
+        raise ConfigError(f"global_batch: {global_batch} does not divide among the {mesh.size} devices of {topology}")
+    return lower_train_step(
+        variant, mesh, global_batch, num_classes=num_classes, resolution=resolution, dtype=dtype, sharding=sharding, rho=rho,
+        ascent_fraction=ascent_fraction, **settings,
+    ).compile(compiler_options=compiler_options)  # fmt: skip
+
+
+def lower_train_step(
+    variant: str, mesh: Mesh, global_batch: int, *, num_classes: int, resolution: int, dtype: str, sharding: str, rho: float,
+    ascent_fraction: float, **settings: Any,
+) -> jax.stages.Lowered:  # fmt: skip
+    """The step of `compile_train_step` for the devices of a mesh, not yet compiled."""
+    model = models.create(variant, num_classes, dtype=jnp.dtype(dtype), **lean_settings(variant) | settings)
+    optimizer, shared, split = make_optimizer(weight_decay=1e-6), replicated(mesh), batch_sharding(mesh)
+
+    def shape(size: tuple[int, ...], kind: Any, where: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(size, kind, sharding=where)
+
+    key = jax.eval_shape(jax.random.key, 0)
+    key = shape(key.shape, key.dtype, shared)
+    state = jax.eval_shape(functools.partial(init_state, model, optimizer, ema=False), key)
+    placed = state_shardings(mesh, state, sharding)
+    state = jax.tree.map(lambda leaf, where: shape(leaf.shape, leaf.dtype, where), state, placed)
+    schedule = Schedule(*(shape((), kind, shared) for kind in (jnp.float32, jnp.int32, jnp.int32)))
+    examples = Examples(
+        shape((global_batch, resolution, resolution, 3), jnp.uint8, split), shape((global_batch, 1), jnp.int32, split),
+        shape((global_batch, 1), jnp.float32, split), shape((global_batch,), jnp.float32, split),
+    )  # fmt: skip
+    step = functools.partial(
+        train_step, model=model, optimizer=optimizer, loss="softmax", label_smoothing=0.0, rho=rho,
+        ascent_fraction=ascent_fraction, ema_decay=0.0, mesh=mesh, per_device=True,
+    )  # fmt: skip
+    with for_backend("tpu"):
+        return jax.jit(step, donate_argnums=0, out_shardings=(placed, shared)).lower(state, examples, schedule, key)
+
+
+def lean_settings(variant: str) -> dict[str, Any]:
+    """Of `models.create`, what serves a variant best on TPU v4 (LOG.md)."""
+    return {"remat": "none"}
+
+
+def estimate(compiled: jax.stages.Compiled) -> Estimate:
+    """The compiler's figures of a program for one device."""
+    memory = compiled.memory_analysis()
+    return Estimate(
+        estimated_cycles(compiled.as_text()), memory.argument_size_in_bytes, memory.output_size_in_bytes,
+        memory.alias_size_in_bytes, memory.temp_size_in_bytes, memory.generated_code_size_in_bytes,
+    )  # fmt: skip
+
+
+def estimated_cycles(program: str) -> float:
+    """Sum of `estimated_cycles` over an optimised HLO program, loop bodies as often as they are run.
+
+    A fusion's cycles stand at the call; computations it calls are not counted again.
+    """
+    computations, entry = _computations(program)
+
+    @functools.cache
+    def cycles(name: str) -> float:
+        total = 0.0
+        for line in computations.get(name, ()):
+            if found := re.search(r'"estimated_cycles":"?(\d+)', line):
+                total += float(found[1])
+            if " while(" in line:
+                body = re.search(r"body=%?([\w.\-]+)", line)[1]
+                condition = re.search(r"condition=%?([\w.\-]+)", line)[1]
+                total += _trip_count(line, computations.get(condition, ())) * (cycles(body) + cycles(condition))
+            elif " conditional(" in line:
+                branches = re.search(r"branch_computations=\{([^}]*)\}", line)
+                names = (
+                    re.findall(r"%?([\w.\-]+)", branches[1])
+                    if branches
+                    else re.findall(r"_computation=%?([\w.\-]+)", line)
+                )
+                total += max(map(cycles, names), default=0.0)
+            elif " call(" in line and (called := re.search(r"to_apply=%?([\w.\-]+)", line)):
+                total += cycles(called[1])
+        return total
+
+    return cycles(entry)
+
+
+def _computations(program: str) -> tuple[dict[str, list[str]], str]:
+    """{name: lines} of an HLO module's computations, and the name of the entry."""
+    found: dict[str, list[str]] = {}
+    entry = name = ""
+    for line in program.splitlines():
+        head = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line) if line and not line[0].isspace() else None
+        if head and not line.startswith("HloModule"):
+            name = head[2]
+            found[name] = []
+            entry = name if head[1] else entry
+        elif name:
+            found[name].append(line)
+    return found, entry
+
+
+def _trip_count(line: str, condition: tuple | list) -> int:
+    """How often a while loop runs: what the compiler knows, or the constant that its condition compares with."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
+        return int(known[1])
+    constants = [int(n) for text in condition for n in re.findall(r"constant\((\d+)\)", text)]
+    return max(constants, default=1)
+
+
+def params_bytes(variant: str, num_classes: int) -> int:
+    """Bytes of a variant's float32 parameters."""
+    shapes = models.create(variant, num_classes).param_shapes()
+    return 4 * sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))

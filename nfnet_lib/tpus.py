@@ -1,0 +1,141 @@
+"""TPU generations as data: peak arithmetic, memory and list prices of a chip, and what a topology's name says."""
+
+import math
+import re
+from dataclasses import dataclass
+
+from nfnet_lib.config import ConfigError
+from nfnet_lib.flops import forward_macs, num_params, train_flops
+from nfnet_lib.variants import STAGE_STRIDES, STEM_CHANNELS, Variant, ViTVariant, get_variant
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """cores: of a chip. devices: of jax on a chip. flops: bfloat16 peak of a chip, FLOP/s. memory: bytes of a chip.
+
+    bandwidth: of its memory, bytes/s. clock: Hz, that at which its matrix units reach the peak. dollars: a chip-hour on demand,
+    the cheapest listed region. sources: where they come from.
+    """
+
+    cores: int
+    devices: int
+    flops: float
+    memory: int
+    bandwidth: float
+    clock: float
+    dollars: float
+    sources: str
+
+
+_PRICES = "price: dstackai/gpuhunt tpu_pricing.json, an old list"
+CHIPS = {
+    "v3": Chip(2, 2, 123e12, 32 * GIB, 900e9, 0.94e9, 2.00, f"docs.cloud.google.com/tpu; {_PRICES}"),
+    "v4": Chip(2, 1, 275e12, 32 * GIB, 1200e9, 1.05e9, 3.22, f"docs.cloud.google.com/tpu; {_PRICES}"),
+    "v5e": Chip(1, 1, 197e12, 16 * GIB, 819e9, 1.50e9, 1.20, f"docs.cloud.google.com/tpu; {_PRICES}"),
+    "v5p": Chip(
+        2, 1, 459e12, 95 * GIB, 2765e9, 1.75e9, 4.20, f"docs.cloud.google.com/tpu, jax-ml/scaling-book; {_PRICES}"
+    ),
+    "v6e": Chip(1, 1, 918e12, 32 * GIB, 1640e9, 1.75e9, 2.70, f"jax-ml/scaling-book; {_PRICES}"),
+}
+# Cloud names slices of v2 to v5p by cores and of v5e and v6e by chips; the cubes and rectangles are those it offers.
+_TOPOLOGY = re.compile(r"(v3|v4|v5e|v5p|v6e):(\d+)x(\d+)(?:x(\d+))?")
+
+
+def parse_topology(text: str) -> tuple[Chip, int]:
+    """(the chip, how many) of a topology such as "v4:4x4x4"; ConfigError for what is none."""
+    match = _TOPOLOGY.fullmatch(text)
+    if not match:
+        raise ConfigError(f"topology: {text!r} is not of the form v4:4x4x4; generations: {', '.join(CHIPS)}")
+    sides = [int(side) for side in match.groups()[1:] if side]
+    if 0 in sides or len(sides) != (3 if match[1] in ("v4", "v5p") else 2):
+        raise ConfigError(
+            f"topology: {text!r}; {match[1]} has {3 if match[1] in ('v4', 'v5p') else 2} sides of 1 or more"
+        )
+    return CHIPS[match[1]], math.prod(sides)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run costs on a slice by its floor: no step can be faster than the chips' peaks allow.
+
+    steps; flops: of the whole run; floor_seconds: a step's, by arithmetic or by memory traffic of the parameters and optimizer
+    state, whichever is longer; memory: bytes on a device by part, activations as `activation_bytes` estimates them; fits.
+    """
+
+    chip: Chip
+    chips: int
+    steps: int
+    flops: float
+    floor_seconds: float
+    memory: dict[str, float]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the parts are less than what a device has; the compiler's program and fragments come on top."""
+        return sum(self.memory.values()) < self.chip.memory / self.chip.devices
+
+    def core_hours(self, step_seconds: float | None = None) -> float:
+        """Core-hours of the run at this many seconds a step, by default the floor's."""
+        return self.steps * (step_seconds or self.floor_seconds) * self.chips * self.chip.cores / 3600
+
+    def dollars(self, step_seconds: float | None = None, price: float | None = None) -> float:
+        """What the chip-hours cost, at `price` dollars each, by default the listed one."""
+        return self.core_hours(step_seconds) / self.chip.cores * (self.chip.dollars if price is None else price)
+
+
+def cost(
+    variant: str, topology: str, *, epochs: float | int, examples: float | int, global_batch: int, num_classes: int = 1000,
+    resolution: int = 224, remat: str = "none", sharding: str = "replicated", rho: float = 0.0, ascent_fraction: float = 1.0,
+    bottleneck_rule: str = "published",
+) -> Cost:  # fmt: skip
+    """The cost of a training run of a variant by arithmetic alone. ConfigError for what does not fit together."""
+    try:
+        architecture = get_variant(variant)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    chip, chips = parse_topology(topology)
+    devices = chips * chip.devices
+    for name, value in (("epochs", epochs), ("examples", examples), ("global_batch", global_batch)):
+        if not value > 0:
+            raise ConfigError(f"{name}: {value} is not above 0")
+    if global_batch % devices:
+        raise ConfigError(f"global_batch: {global_batch} does not divide among the {devices} devices of {topology}")
+    steps, images = max(1, round(epochs * examples / global_batch)), global_batch // devices
+    flops = train_flops(
+        forward_macs(architecture, resolution, num_classes, bottleneck_rule), steps * global_batch, rho, ascent_fraction
+    )
+    params = 4.0 * num_params(architecture, num_classes, bottleneck_rule, resolution)
+    share = devices if sharding == "fsdp" else 1
+    state = {"params": params / share, "momentum": params / share}
+    # A step reads and writes both, and the gradient.
+    traffic = 5 * params / (chip.bandwidth / chip.devices)
+    return Cost(
+        chip, chips, steps, flops, max(flops / steps / (chip.flops * chips), traffic),
+        state | {"gradient": params, "gathered params": params if share > 1 else 0.0, "batch": images * resolution**2 * 3.0,
+                 "activations": activation_bytes(architecture, images, resolution, remat, bottleneck_rule)},
+    )  # fmt: skip
+
+
+def activation_bytes(
+    variant: Variant | ViTVariant, images: int, resolution: int, remat: str, bottleneck_rule: str = "published"
+) -> float:
+    """Bytes of bfloat16 activations that the backward pass needs of a device's images: an estimate.
+
+    Of each block its input, and by `remat` nothing else ("full"), its convolutions' outputs ("convs"), those before and after
+    the activation ("activations"), or these and what GELU computes on the way ("none": about four times the outputs).
+    """
+    if isinstance(variant, ViTVariant):
+        tokens = (resolution // variant.patch) ** 2
+        each = {"full": 1, "convs": 1, "activations": 14, "none": 20}[remat]  # of the width
+        return 2.0 * images * tokens * variant.width * variant.depth * each
+    times = {"full": 0, "convs": 1, "activations": 2, "none": 4}[remat]
+    side = -(-resolution // 2)
+    total = float(sum(side**2 * channels for channels in STEM_CHANNELS)) * max(times, 1)
+    side = -(-side // 2)
+    for index, (width, depth, stride) in enumerate(zip(variant.width, variant.depth, STAGE_STRIDES, strict=True)):
+        side = -(-side // stride)
+        outputs = 3 * variant.bottleneck(index, bottleneck_rule) + width
+        total += depth * side**2 * (width + times * outputs)
+    return 2.0 * images * total
