@@ -157,10 +157,8 @@ def test_the_weights_kept_are_the_best_on_examples_kept_out_of_training(one):
     assert set(kept_out.ids) | set(sampler.example_ids(0, 128)) == set(range(158)), "an epoch is what is left"
     model = models.create("Ti/4-mini", 8, **config.model_settings)
     for source, name in ((kept_out, "selection"), (heldout, "heldout")):
-        sums = [
-            eval_step(load_params(one), b.examples, model=model)
-            for b in eval_batches(source, batch_size=10, resolution=16)
-        ]
+        batches = eval_batches(source, batch_size=10, resolution=16)
+        sums = [eval_step(load_params(one), jax.device_put(batch.examples), model=model) for batch in batches]
         sums = jax.device_get(sums)
         top1 = sum(part["top1"] for part in sums) / len(source)
         wanted = summary["heldout_top1"] if name == "heldout" else -min(scores)[0]
