@@ -138,6 +138,31 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(arguments: argparse.Namespace) -> int:
+    from nfnet_lib.tpus import cost
+
+    what = {
+        "num_classes": arguments.classes, "resolution": arguments.resolution, "remat": arguments.remat,
+        "sharding": arguments.sharding, "rho": arguments.rho, "bottleneck_rule": arguments.bottleneck_rule,
+    }  # fmt: skip
+    planned = cost(
+        arguments.variant, arguments.topology, epochs=arguments.epochs, examples=arguments.examples,
+        global_batch=arguments.batch, **what,
+    )  # fmt: skip
+    step = None
+    print("\n".join(planned.lines()))
+    if arguments.compile:
+        from nfnet_lib.plan import cached_estimate
+
+        found = cached_estimate(
+            arguments.variant, arguments.cache_dir, topology=arguments.topology, global_batch=arguments.batch, **what
+        )
+        step = found.cycles / planned.chip.clock
+        print(found.line(planned.chip.clock, planned.chip.memory / planned.chip.devices))
+    print(planned.bill(step, arguments.price))
+    return 0
+
+
 def _params(arguments: argparse.Namespace) -> int:
     import yaml
 
@@ -226,6 +251,25 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that read pictures (default: cores)")
     sub.add_argument("--data-dir", help="folder of prepared TFDS data")
     sub.add_argument("--out", type=Path, help="CSV file to write the table to")
+    sub = command("plan", _plan, "What a training run costs on a TPU slice: by arithmetic, and by the TPU's compiler.",
+                  "nfnet plan F7+ --epochs 8 --examples 4e9 --batch 4096 --topology v4:4x4x4 --classes 30000")  # fmt: skip
+    sub.add_argument("variant", help="architecture, F3 for example")
+    sub.add_argument("--epochs", type=float, required=True)
+    sub.add_argument("--examples", type=float, required=True, help="of an epoch, 4e9 for example")
+    sub.add_argument("--batch", type=int, default=4096, help="images a step, over all chips (default: 4096)")
+    sub.add_argument("--topology", default="v4:2x2x1", help="generation and sides of the slice (default: v4:2x2x1)")
+    sub.add_argument("--classes", type=int, default=1000, help="of the head (default: 1000)")
+    sub.add_argument("--resolution", type=int, default=224, help="in pixels (default: 224)")
+    sub.add_argument("--remat", default="none", choices=["none", "activations", "convs", "full"],
+                     help="what the backward pass computes again (default: none)")  # fmt: skip
+    sub.add_argument("--sharding", default="replicated", choices=["replicated", "fsdp"], help="of the training state")
+    sub.add_argument("--bottleneck-rule", default="published", choices=["published", "released"],
+                     help='first stage of "+" models')  # fmt: skip
+    sub.add_argument("--rho", type=float, default=0.0, help="of SAM; 0: plain steps")
+    sub.add_argument("--price", type=float, help="dollars a chip-hour (default: an old list's)")
+    sub.add_argument("--compile", action="store_true", help="ask the TPU's compiler ([plan] extra; minutes)")
+    sub.add_argument("--cache-dir", type=Path, default=PROJECT / "outputs" / ".cache" / "plan",
+                     help="where its answers are kept")  # fmt: skip
     sub = command("params", _params, "Print a recipe's parameters for one variant, as papermill's -f takes them.",
                   "nfnet params params/paper/finetune.yaml F7+ > f7plus.yaml")  # fmt: skip
     sub.add_argument("recipe", type=Path, help="recipe file (YAML)")

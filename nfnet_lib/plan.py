@@ -5,8 +5,11 @@ it expects of every instruction. Those are estimates; `calibration` sets them be
 """
 
 import functools
+import hashlib
+import json
 import os
 import re
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +22,7 @@ from nfnet_lib.config import ConfigError
 from nfnet_lib.loader import Examples
 from nfnet_lib.nfnet import for_backend
 from nfnet_lib.optim import make_optimizer
+from nfnet_lib.records import write_json
 from nfnet_lib.sharding import batch_sharding, make_mesh, replicated, state_shardings
 from nfnet_lib.step import Schedule, init_state, train_step
 
@@ -39,6 +43,13 @@ class Estimate(NamedTuple):
     aliased: int
     temporaries: int
     program: int
+
+    def line(self, clock: float, memory: float) -> str:
+        """The compiler's view in words; clock in Hz, memory in bytes of a device."""
+        return (
+            f"the compiler's estimate: {self.cycles / 1e6:.1f}M cycles, {self.cycles / clock * 1e3:.1f} ms a step;"
+            f" {self.peak / 2**30:.1f} of {memory / 2**30:.0f} GiB, {self.temporaries / 2**30:.1f} of them temporary"
+        )
 
     @property
     def peak(self) -> int:
@@ -121,6 +132,29 @@ def lower_train_step(
 def lean_settings(variant: str) -> dict[str, Any]:
     """Of `models.create`, what serves a variant best on TPU v4 (LOG.md)."""
     return {"remat": "none"}
+
+
+def cached_estimate(variant: str, cache_dir: str | os.PathLike, **request: Any) -> Estimate:
+    """`estimate` of `compile_train_step(variant, **request)`, asked once for a request, library version and code."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    def found(package: str) -> str:
+        with contextlib.suppress(PackageNotFoundError):
+            return version(package)
+        return ""
+
+    source = hashlib.sha256()
+    for name in ("nfnet", "vit", "models", "step", "agc", "sam", "optim", "losses", "plan"):
+        source.update((Path(__file__).parent / f"{name}.py").read_bytes())
+    key = {"variant": variant, **request, "jax": found("jax"), "libtpu": found("libtpu"), "source": source.hexdigest()}
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    path = Path(cache_dir) / f"{variant.replace('/', '-')}_{digest}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        return Estimate(**json.loads(path.read_text())["estimate"])
+    made = estimate(compile_train_step(variant, **request))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"request": key, "estimate": made._asdict()})
+    return made
 
 
 def estimate(compiled: jax.stages.Compiled) -> Estimate:

@@ -276,11 +276,10 @@ def learning_curves(metrics_by_run: Mapping[str, "pd.DataFrame"], note: str | No
             if column in metrics:
                 shown = metrics.dropna(subset=[column])
                 axes.plot(shown["step"], shown[column], **style, marker="o" if len(shown) == 1 else "", label=name)
-        if "heldout_loss" in metrics:
-            shown = metrics.dropna(subset=["heldout_loss"])
-            upper.plot(
-                shown["step"], shown["heldout_loss"], "o", color=colors[index], mfc="white", label=f"{name}, held out"
-            )
+        for column, what in (("heldout_loss", "held out"), ("selection_loss", "for selection")):
+            if column in metrics:
+                shown = metrics.dropna(subset=[column])
+                upper.plot(shown["step"], shown[column], "o", color=colors[index], mfc="white", label=f"{name}, {what}")
     upper.set(ylabel="loss (nats per image)")
     lower.set(xlabel="step", ylabel="learning rate")
     if upper.lines:

@@ -76,6 +76,35 @@ class Cost:
         """Whether the parts are less than what a device has; the compiler's program and fragments come on top."""
         return sum(self.memory.values()) < self.chip.memory / self.chip.devices
 
+    def lines(self) -> list[str]:
+        """The plan in words: steps and arithmetic, memory by part, and whether it fits."""
+        room = self.chip.memory / self.chip.devices
+        parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in self.memory.items() if size)
+        total = sum(self.memory.values())
+        advice = "" if self.fits else f"; to make it fit: {self.advice()}"
+        return [
+            f"{self.steps:,} steps, {self.flops:.3g} FLOPs; {self.chips} chips; a step of at least"
+            f" {self.floor_seconds * 1e3:.1f} ms",
+            f"memory of a device by arithmetic, GiB: {parts}; {total / GIB:.1f} of {room / GIB:.0f}"
+            + (" fits" if self.fits else " does not fit") + advice,
+        ]  # fmt: skip
+
+    def advice(self) -> str:
+        """What would make a run fit: the largest part of its memory made smaller."""
+        state = sum(self.memory[name] for name in ("params", "momentum"))
+        if self.memory["activations"] >= state:
+            return "remat convs or full, a smaller batch, or a larger slice"
+        return "sharding fsdp on a larger slice"
+
+    def bill(self, step_seconds: float | None = None, price: float | None = None) -> str:
+        """Core-hours, chip-hours and dollars at this many seconds a step, by default the floor's."""
+        hours, rate = self.core_hours(step_seconds), self.chip.dollars if price is None else price
+        what = "at the compiler's estimate" if step_seconds else "at the floor, which no run reaches"
+        return (
+            f"{hours:,.1f} core-hours, {hours / self.chip.cores:,.1f} chip-hours, ${self.dollars(step_seconds, price):,.0f} at"
+            f" ${rate:g} a chip-hour: {what}"
+        )
+
     def core_hours(self, step_seconds: float | None = None) -> float:
         """Core-hours of the run at this many seconds a step, by default the floor's."""
         return self.steps * (step_seconds or self.floor_seconds) * self.chips * self.chip.cores / 3600

@@ -5,6 +5,7 @@ import yaml
 
 from nfnet_lib import PROJECT
 from nfnet_lib.config import ConfigError, FinetuneConfig, PretrainConfig, StudyConfig, config_from_params
+from nfnet_lib.recipe import load_recipe
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,9 @@ def test_a_name_that_papermill_injected_in_vain_is_refused():
 def test_every_params_file_is_valid_and_says_what_it_is(path):
     text = path.read_text()
     assert all(word in text.split("\nstudy:")[0] for word in ("# ", "Source:", "Cost", "Command:"))
-    if "\nstudy:" in text:
+    if "\nfinetune:" in text:
+        FinetuneConfig.from_params(load_recipe(path).params("F3") | {"pretrained_run": "x"})
+    elif "\nstudy:" in text:
         assert StudyConfig.from_file(path).name == (path.parent.name if path.stem == "study" else path.stem)
     else:
         config_from_params(yaml.safe_load(text) | ({"pretrained_run": "x"} if path.stem == "finetune" else {}))
