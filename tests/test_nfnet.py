@@ -13,7 +13,7 @@ from released import released_norms, rule_params
 
 from nfnet_lib import flops, models
 from nfnet_lib.losses import softmax_cross_entropy
-from nfnet_lib.nfnet import Stage, average_pool, convolve, grouped_matmul_convolve, standardise_weight
+from nfnet_lib.nfnet import Stage, average_pool, convolve, for_backend, grouped_matmul_convolve, standardise_weight
 from nfnet_lib.optim import make_optimizer
 from nfnet_lib.pretrained import released_names
 from nfnet_lib.variants import VARIANTS, get_variant
@@ -239,3 +239,19 @@ def test_what_is_kept_and_where_weights_are_standardised_changes_no_number(setti
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
     for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4 * float(jnp.max(jnp.abs(other))))
+
+
+@pytest.mark.parametrize("side", [(4, 4), (5, 4), (7, 7), (1, 1)])
+def test_pooling_is_the_same_on_every_backend(side):
+    x = jax.random.normal(jax.random.key(0), (2, *side, 3))
+    weights = jax.random.normal(jax.random.key(1), average_pool(x).shape)
+
+    def both(x):
+        return jnp.sum(average_pool(x) * weights)
+
+    value, grad = jax.value_and_grad(both)(x)
+    with for_backend("tpu"):
+        np.testing.assert_allclose(average_pool(x)[0, 0, 0], x[0, :2, :2].mean((0, 1)), rtol=1e-5)
+        other, other_grad = jax.value_and_grad(both)(x)
+    assert float(value) == pytest.approx(float(other), rel=1e-5)
+    np.testing.assert_allclose(grad, other_grad, rtol=1e-5)
