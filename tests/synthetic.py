@@ -18,7 +18,7 @@ LAW = (12.0, 0.05)  # loss = 12 * train_flops ** -0.05 along the envelope
 def summary(run_id, kind="pretrain", config=None, **results):
     """A finished run's summary with every key of the schema; `results` and `config` override."""
     config = {"variant": "F0-mini", "dataset": "fractals", "epoch_budget": 1.0, "batch_size": 256, "peak_lr": 0.8,
-              "seed": 0, "augmult": 1, "weight_decay": 1e-6} | (config or {})  # fmt: skip
+              "seed": 0, "augmult": 1, "weight_decay": 1e-6, "heldout_examples": 360} | (config or {})  # fmt: skip
     return {
         "schema": 1, "run_id": run_id, "kind": kind, "status": "done", "config": config, "config_hash": "0" * 16,
         "num_params": 1_100_000, "forward_macs": 2_400_000, "train_flops": 1e12, "steps": 390, "images_seen": 99_840,
