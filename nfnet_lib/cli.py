@@ -260,8 +260,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--topology", default="v4:2x2x1", help="generation and sides of the slice (default: v4:2x2x1)")
     sub.add_argument("--classes", type=int, default=1000, help="of the head (default: 1000)")
     sub.add_argument("--resolution", type=int, default=224, help="in pixels (default: 224)")
-    sub.add_argument("--remat", default="none", choices=["none", "activations", "convs", "full"],
-                     help="what the backward pass computes again (default: none)")  # fmt: skip
+    sub.add_argument("--remat", default="convs", choices=["none", "activations", "convs", "full"],
+                     help="what the backward pass computes again (default: all but the convolutions)")  # fmt: skip
     sub.add_argument("--sharding", default="replicated", choices=["replicated", "fsdp"], help="of the training state")
     sub.add_argument("--bottleneck-rule", default="published", choices=["published", "released"],
                      help='first stage of "+" models')  # fmt: skip

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from nfnet_lib import models
@@ -25,13 +24,14 @@ from nfnet_lib.optim import make_optimizer
 from nfnet_lib.records import write_json
 from nfnet_lib.sharding import batch_sharding, make_mesh, replicated, state_shardings
 from nfnet_lib.step import Schedule, init_state, train_step
+from nfnet_lib.tpus import parse_topology
 
 # libtpu looks for a TPU machine's metadata unless told not to; none of this reaches other processes.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v4-8", "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }  # fmt: skip
-_TOPOLOGY = re.compile(r"(v[2-6][ep]?):(\d+)x(\d+)(?:x(\d+))?")
+LEAN = {"remat": "convs"}  # of `models.create`: what costs fewest cycles on TPU v4 (LOG.md)
 
 
 class Estimate(NamedTuple):
@@ -62,8 +62,7 @@ def devices_of(topology: str, *, megacore: bool = True) -> list:
 
     ConfigError for a topology that the compiler does not know, or without libtpu.
     """
-    if not _TOPOLOGY.fullmatch(topology):
-        raise ConfigError(f"topology: {topology!r} is not of the form v4:2x2x1")
+    parse_topology(topology)
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
@@ -88,7 +87,7 @@ def compile_train_step(
 ) -> jax.stages.Compiled:  # fmt: skip
     """The training step of a variant compiled for a TPU topology: SGD with AGC, float32 parameters, uint8 images.
 
-    settings: of `models.create` (remat, unroll, ...), by default `lean_settings`. ConfigError for a batch that the devices do
+    settings: of `models.create` (remat, unroll, ...), by default LEAN. ConfigError for a batch that the devices do
     not divide and for topologies that the compiler does not know; jax's own error where a step does not fit the memory.
     """
     mesh = make_mesh(devices_of(topology, megacore=megacore))
@@ -105,7 +104,7 @@ def lower_train_step(
     ascent_fraction: float, **settings: Any,
 ) -> jax.stages.Lowered:  # fmt: skip
     """The step of `compile_train_step` for the devices of a mesh, not yet compiled."""
-    model = models.create(variant, num_classes, dtype=jnp.dtype(dtype), **lean_settings(variant) | settings)
+    model = models.create(variant, num_classes, dtype=jnp.dtype(dtype), **LEAN | settings)
     optimizer, shared, split = make_optimizer(weight_decay=1e-6), replicated(mesh), batch_sharding(mesh)
 
     def shape(size: tuple[int, ...], kind: Any, where: Any) -> jax.ShapeDtypeStruct:
@@ -127,11 +126,6 @@ def lower_train_step(
     )  # fmt: skip
     with for_backend("tpu"):
         return jax.jit(step, donate_argnums=0, out_shardings=(placed, shared)).lower(state, examples, schedule, key)
-
-
-def lean_settings(variant: str) -> dict[str, Any]:
-    """Of `models.create`, what serves a variant best on TPU v4 (LOG.md)."""
-    return {"remat": "none"}
 
 
 def cached_estimate(variant: str, cache_dir: str | os.PathLike, **request: Any) -> Estimate:
@@ -219,9 +213,3 @@ def _trip_count(line: str, condition: tuple | list) -> int:
         return int(known[1])
     constants = [int(n) for text in condition for n in re.findall(r"constant\((\d+)\)", text)]
     return max(constants, default=1)
-
-
-def params_bytes(variant: str, num_classes: int) -> int:
-    """Bytes of a variant's float32 parameters."""
-    shapes = models.create(variant, num_classes).param_shapes()
-    return 4 * sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
