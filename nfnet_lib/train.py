@@ -101,7 +101,7 @@ def _train(config, out_dir, train_source, heldout_source, sampler, initial, aske
     if initial is not None:
         params = transfer(initial, distributed.host_copy(state.params), keep_head=config.head == "keep")
         state = state._replace(params=params, ema=params if state.ema is not None else None)
-        state = program.place_state(jax.tree.map(np.asarray, state))
+        state = program.place_state(distributed.host_copy(state))
 
     quarantine = Quarantine(out_dir / QUARANTINE if primary else None, len(train_source), config.max_bad_fraction)
     selection = Selection(selection_source(config, train_source), state.params)
@@ -119,7 +119,7 @@ def _train(config, out_dir, train_source, heldout_source, sampler, initial, aske
     log_at = _spread(config.log_points, config.steps)
     save_at = _spread(config.checkpoints, config.steps) - {config.steps}
     eval_at = _spread(config.evaluations, config.steps) - {config.steps}
-    # Collectives of two steps at once deadlock on several CPU devices.
+    # Collectives of two programs at once deadlock on several CPU devices.
     alone = jax.default_backend() == "cpu" and jax.local_device_count() > 1
 
     def evaluated(state, number: int) -> dict[str, float]:
@@ -159,9 +159,9 @@ def _train(config, out_dir, train_source, heldout_source, sampler, initial, aske
         for number in range(begin + 1, config.steps + 1):
             batch, examples = next(ahead)
             quarantine.add(batch.bad)
-            if alone and pending is not None:
-                jax.block_until_ready(pending)
             state, metrics = program.step(state, examples, schedule, noise_key)
+            if alone:
+                jax.block_until_ready(metrics)
             if pending is not None:
                 read(pending, number - 1)
             pending = metrics
