@@ -198,7 +198,7 @@ def test_webdataset_shards(tmp_path):
 def small(data, **changes):
     return PretrainConfig.from_params(
         {"dataset": data, "examples_per_epoch": 32, "heldout_examples": 8, "batch_size": 16, "resolution": 16,
-         "eval_resolution": 16, "log_points": 2} | changes
+         "eval_resolution": 16, "log_points": 2, "variant": "Ti/4-mini", "optimizer": "adamw", "peak_lr": 0.002} | changes
     )  # fmt: skip
 
 

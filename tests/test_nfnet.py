@@ -1,5 +1,6 @@
 """The model against the released code's figures, and the properties that make an NFNet one."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -220,6 +221,7 @@ def test_bad_input_is_named(arguments, settings, words):
         models.create(*arguments, **settings)
 
 
+@functools.cache
 def stage_gradient(remat="none", hoist=None, unroll=1):
     """Loss and gradient of a small stage of four blocks with these settings."""
     options = {"groups": 2, "stride": 2, "first_beta": 1.0, "unroll": unroll, "remat": remat, "hoist": hoist}
