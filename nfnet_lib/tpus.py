@@ -39,7 +39,6 @@ CHIPS = {
     ),
     "v6e": Chip(1, 1, 918e12, 32 * GIB, 1640e9, 1.75e9, 2.70, f"jax-ml/scaling-book; {_PRICES}"),
 }
-# Cloud names slices of v2 to v5p by cores and of v5e and v6e by chips; the cubes and rectangles are those it offers.
 _TOPOLOGY = re.compile(r"(v3|v4|v5e|v5p|v6e):(\d+)x(\d+)(?:x(\d+))?")
 
 
