@@ -139,27 +139,62 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
+    from nfnet_lib.calibration import calibrated, recorded
     from nfnet_lib.tpus import cost
+    from nfnet_lib.variants import get_variant
 
     what = {
         "num_classes": arguments.classes, "resolution": arguments.resolution, "remat": arguments.remat,
-        "sharding": arguments.sharding, "rho": arguments.rho, "bottleneck_rule": arguments.bottleneck_rule,
+        "sharding": arguments.sharding, "rho": arguments.rho,
     }  # fmt: skip
     planned = cost(
         arguments.variant, arguments.topology, epochs=arguments.epochs, examples=arguments.examples,
-        global_batch=arguments.batch, **what,
+        global_batch=arguments.batch, bottleneck_rule=arguments.bottleneck_rule, **what,
     )  # fmt: skip
-    step = None
     print("\n".join(planned.lines()))
+    step = None
     if arguments.compile:
         from nfnet_lib.plan import cached_estimate
 
+        if get_variant(arguments.variant).family == "NFNet":
+            what["bottleneck_rule"] = arguments.bottleneck_rule
         found = cached_estimate(
             arguments.variant, arguments.cache_dir, topology=arguments.topology, global_batch=arguments.batch, **what
         )
         step = found.cycles / planned.chip.clock
         print(found.line(planned.chip.clock, planned.chip.memory / planned.chip.devices))
+    elif arguments.rho > 0:
+        print("the compiler's recorded estimates are of plain steps: --compile asks it about SAM's")
+    elif kept := recorded(
+        arguments.variant, arguments.topology, arguments.batch, arguments.resolution, arguments.bottleneck_rule
+    ):
+        step = kept[0]
+        print(f"the compiler's recorded estimate: {step * 1e3:.1f} ms a step, from {kept[1]}; --compile asks it again")
+    else:
+        print(
+            "no compiled figure of this variant, generation and resolution is on record: --compile asks the TPU's compiler"
+        )
+    if step is None:
+        print(planned.bill(None, arguments.price))
+        return 0
     print(planned.bill(step, arguments.price))
+    likely, low, high = calibrated(step, arguments.topology.split(":")[0])
+    print(
+        f"calibrated on published times: {likely * 1e3:.1f} ms a step ({low * 1e3:.1f} to {high * 1e3:.1f}),"
+        f" {planned.core_hours(likely):,.1f} core-hours ({planned.core_hours(low):,.1f} to {planned.core_hours(high):,.1f}),"
+        f" ${planned.dollars(likely, arguments.price):,.0f}"
+    )
+    return 0
+
+
+def _cost(arguments: argparse.Namespace) -> int:
+    from nfnet_lib.study_cost import cost_lines, write_header
+
+    for path in arguments.files:
+        lines = cost_lines(path)
+        changed = arguments.write and write_header(path)
+        print(f"{path}{': header written' if changed else ''}")
+        print("\n".join(f"  {line}" for line in lines))
     return 0
 
 
@@ -260,9 +295,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--topology", default="v4:2x2x1", help="generation and sides of the slice (default: v4:2x2x1)")
     sub.add_argument("--classes", type=int, default=1000, help="of the head (default: 1000)")
     sub.add_argument("--resolution", type=int, default=224, help="in pixels (default: 224)")
-    sub.add_argument("--remat", default="convs", choices=["none", "activations", "convs", "full"],
-                     help="what the backward pass computes again (default: all but the convolutions)")  # fmt: skip
-    sub.add_argument("--sharding", default="replicated", choices=["replicated", "fsdp"], help="of the training state")
+    sub.add_argument("--remat", default="by_stage", choices=["none", "convs", "entry", "full", "by_stage"],
+                     help="what the backward pass computes again (default: what costs fewest cycles)")  # fmt: skip
+    sub.add_argument("--sharding", default="fsdp", choices=["replicated", "fsdp"], help="of the training state")
     sub.add_argument("--bottleneck-rule", default="published", choices=["published", "released"],
                      help='first stage of "+" models')  # fmt: skip
     sub.add_argument("--rho", type=float, default=0.0, help="of SAM; 0: plain steps")
@@ -270,6 +305,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--compile", action="store_true", help="ask the TPU's compiler ([plan] extra; minutes)")
     sub.add_argument("--cache-dir", type=Path, default=PROJECT / "outputs" / ".cache" / "plan",
                      help="where its answers are kept")  # fmt: skip
+    sub = command("cost", _cost, "What a study costs on the TPU slice that its file names.",
+                  "nfnet cost params/tpu/*.yaml --write")  # fmt: skip
+    sub.add_argument("files", nargs="+", type=Path, help="study files with a line '# Slice: TOPOLOGY, N classes'")
+    sub.add_argument("--write", action="store_true", help="put the cost into their headers")
     sub = command("params", _params, "Print a recipe's parameters for one variant, as papermill's -f takes them.",
                   "nfnet params params/paper/finetune.yaml F7+ > f7plus.yaml")  # fmt: skip
     sub.add_argument("recipe", type=Path, help="recipe file (YAML)")

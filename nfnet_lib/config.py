@@ -92,9 +92,10 @@ class RunConfig(BaseModel):
     sharding: Literal["replicated", "fsdp"] = Field(
         "replicated", description="of parameters and optimizer state; fsdp: split over the devices"
     )
-    remat: Literal["none", "activations", "convs", "full"] = Field(
+    remat: Literal["none", "convs", "entry", "full", "by_stage"] = Field(
         "none",
-        description="what the backward pass computes again: nothing, activations, all but convolutions, or everything",
+        description="what the backward pass computes again: nothing, all but the convolutions or the first of them, all, or"
+        " what suits TPU v4",
     )
     unroll: int = Field(1, ge=1, description="blocks a scan step")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of the initialisation, the data order and the noise")

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from nfnet_lib.nfnet import REMAT, NFNet
+from nfnet_lib import convolution
+from nfnet_lib.nfnet import WHOLE, NFNet, Part
+from nfnet_lib.remat import REMAT
 from nfnet_lib.variants import (
     BOTTLENECK_RULES,
     POOLS,
@@ -65,7 +67,27 @@ class Model:
         return self._call(params, images, train=train, key=key, signals=True)
 
     def _call(self, params: Params, images: Array, **options):
-        state = jax.tree.unflatten(jax.tree.structure(self._state), jax.tree.leaves(params))
+        return self._network(self.narrowed(self.standardised(params)), images, **options)
+
+    def standardised(self, params: Params) -> Params:
+        """The parameters with convolutions' weights standardised, float32 (`convolution.standardised`); a ViT's as they are."""
+        return convolution.standardised(params) if self.variant.family == "NFNet" else params
+
+    def narrowed(self, weights: Params) -> Params:
+        """Standardised weights in the activations' type but for the head's: half the bytes to send to other devices."""
+        if self.variant.family != "NFNet":
+            return weights
+        return convolution.narrowed(weights, self.settings.get("dtype", jnp.float32))
+
+    def apply_standardised(
+        self, weights: Params, images: Float[Array, "B H W 3"], *, train: bool = False, key: Key[Array, ""] | None = None,
+        part: Part = WHOLE,
+    ) -> Float[Array, "B K"]:  # fmt: skip
+        """`apply` with standardised weights. part: (which, of how many) equal parts of a batch the images are."""
+        return self._network(weights, images, train=train, key=key, part=part)[0]
+
+    def _network(self, weights: Params, images: Array, **options):
+        state = jax.tree.unflatten(jax.tree.structure(self._state), jax.tree.leaves(weights))
         return nnx.merge(self._graphdef, state)(images, **options)
 
     def param_shapes(self) -> Params:
@@ -74,7 +96,7 @@ class Model:
 
 
 _SETTINGS = {
-    "NFNet": ("stochdepth_rate", "drop_rate", "bottleneck_rule", "dtype", "unroll", "remat", "hoist"),
+    "NFNet": ("stochdepth_rate", "drop_rate", "bottleneck_rule", "dtype", "unroll", "remat"),
     "ViT": ("stochdepth_rate", "drop_rate", "image_size", "pool", "position", "dtype", "unroll", "remat"),
 }
 _CHOICES = {"bottleneck_rule": BOTTLENECK_RULES, "pool": POOLS, "position": POSITIONS, "remat": REMAT}
@@ -84,12 +106,11 @@ def create(name: str, num_classes: int | None = None, **settings: Any) -> Model:
     """The model called `name` (see variants.VARIANTS), with 1,000 classes unless said; of loaded weights, with theirs.
 
     settings: stochdepth_rate, drop_rate (rates in [0, 1), default 0), dtype of the activations (default float32), unroll
-    (blocks a scan step), remat (what the backward pass computes again of a block: "none", "activations", "convs": all but
-    the convolutions, "full": everything); of NFNets bottleneck_rule ("published" | "released"), hoist (weights standardised
-    before the scan; default: not on CPU); of ViTs image_size (pixels, of the learned position grid), pool ("gap" | "map" |
-    "tok", default as published), position ("learned" | "sincos2d"). ValueError for an unknown name, a setting that the
-    family does not have, or
-    a value out of range.
+    (blocks a scan step), remat (what the backward pass computes again of a block: "none", "convs": all but the convolutions,
+    "entry": all but the first of them, "full": everything, "by_stage": what costs fewest cycles on TPU v4); of NFNets
+    bottleneck_rule ("published" | "released"); of ViTs image_size (pixels, of the learned position grid), pool ("gap" | "map"
+    | "tok", default as published), position ("learned" | "sincos2d"). ValueError for an unknown name, a setting that the
+    family does not have, or a value out of range.
     """
     variant = get_variant(name)
     if isinstance(name, LoadedVariant):

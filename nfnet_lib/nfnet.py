@@ -7,121 +7,62 @@ How this differs from the release, none of it in the numbers:
 - Flax NNX defines the modules and nothing else; parameters live in a nested dict outside them (see `models.py`). A module
   only says how each parameter is drawn (`parameter`): `models.Model.init` draws all of them at once.
 - "+" variants: the first stage's bottleneck is as published (192 channels), the released code's (128) is a setting.
-- On CPU convolutions are computed as matrix products: XLA's CPU backend runs the gradients of its own convolution many
-  times slower where that is grouped or inside a loop, as SAM's two passes are. Same parameters, same results to rounding.
+- Convolutions are computed as the backend likes them (`convolution.py`): same parameters, same results to rounding.
+- All weights are standardised at once, before the network, so that many devices can share that work (`step.py`).
+- A block's squeeze-excite takes the mean of its last convolution's input, which is the mean of its output, convolved; so gate,
+  gain and shortcut are applied where that convolution is computed, and its own output is never written.
 - Weight standardisation and the head run in float32 whatever the activations' type.
 - Squeeze-excite uses ReLU as the code does, not GELU as the paper's text says; stochastic depth does not rescale by
   the keep rate, as in the code (the residual branch's gain is learned).
 """
 
-import contextlib
-import contextvars
+import functools
 import math
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
-from nfnet_lib.variants import ALPHA, STAGE_STRIDES, STEM_CHANNELS, Variant
-
-REMAT = ("none", "activations", "convs", "full")
-_BACKEND: contextvars.ContextVar[str] = contextvars.ContextVar("backend", default="")
+from nfnet_lib.convolution import average_pool, backend, convolve, packed_padding, packed_weights
+from nfnet_lib.remat import rematerialised, scan_recomputing
+from nfnet_lib.variants import ALPHA, BY_STAGE, STAGE_STRIDES, STEM_CHANNELS, Variant
 
 GELU_SCALE = 1.7015043497085571  # makes gelu variance-preserving on unit Gaussians (nfnets/base.py nonlinearities)
+GELU_LINEAR = math.sqrt(2 / math.pi)  # of tanh's argument
+GELU_CUBIC = 0.044715 * GELU_LINEAR
 
 
-@contextlib.contextmanager
-def for_backend(name: str) -> Iterator[None]:
-    """Trace what is within for "cpu", "gpu" or "tpu", though it may be compiled on another: the forms of operations differ."""
-    token = _BACKEND.set(name)
-    try:
-        yield
-    finally:
-        _BACKEND.reset(token)
+@jax.custom_jvp
+def activation(x: Float[Array, "..."], beta: float | Float[Array, ""] = 1.0) -> Float[Array, "..."]:
+    """beta times GELU (tanh form) scaled to preserve variance. No derivative is known for beta."""
+    half = jnp.asarray(beta * (GELU_SCALE / 2), x.dtype)
+    return x * (half + half * jnp.tanh(x * (GELU_LINEAR + GELU_CUBIC * (x * x))))
 
 
-def backend() -> str:
-    """Of `for_backend`, or else jax's own."""
-    return _BACKEND.get() or jax.default_backend()
+@activation.defjvp
+def _activation_jvp(primals, tangents):
+    """The derivative in closed form: autodiff's has twice as many operations, and it is these that a fused convolution
+    waits for (LOG.md)."""
+    x, beta = primals
+    half, square = jnp.asarray(beta * (GELU_SCALE / 2), x.dtype), x * x
+    tanh = jnp.tanh(x * (GELU_LINEAR + GELU_CUBIC * square))
+    share = half + half * tanh
+    slope = share + (1 - tanh * tanh) * (x * (half * GELU_LINEAR + (half * 3 * GELU_CUBIC) * square))
+    return x * share, tangents[0] * slope
 
 
-def activation(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """GELU (tanh form) scaled to preserve variance."""
-    return jax.nn.gelu(x) * GELU_SCALE
+Part = tuple[int | Array, int]  # (which, of how many) equal parts of a batch these images are
+WHOLE = (0, 1)
 
 
-# The same, of which the backward pass keeps the input alone: XLA fuses its recomputation with what it is multiplied with.
-lean_activation = jax.checkpoint(activation, prevent_cse=False)
-
-
-def standardise_weight(w: Float[Array, "H W I O"], gain: Float[Array, " O"]) -> Float[Array, "H W I O"]:
-    """Scaled weight standardisation: each output unit's fan-in gets mean 0 and variance gain^2 / fan_in.
-
-    The variance is floored so that variance * fan_in >= 1e-4 (nfnets/base.py WSConv2D).
-    """
-    flat = w.astype(jnp.float32).reshape(-1, w.shape[-1])
-    centred = flat - _column_sums(flat) / len(flat)
-    scale = jax.lax.rsqrt(jnp.maximum(_column_sums(centred**2), 1e-4)) * gain
-    return (centred * scale).reshape(w.shape)
-
-
-def _column_sums(x: Float[Array, "I O"]) -> Float[Array, " O"]:
-    """Sums over the first axis; on CPU as a matrix product, which XLA runs faster than its reductions (LOG.md)."""
-    return jnp.ones(len(x)) @ x if backend() == "cpu" else x.sum(0)
-
-
-def convolve(
-    x: Float[Array, "B H W I"], w: Float[Array, "KH KW IG O"], stride: int, groups: int
-) -> Float[Array, "B H2 W2 O"]:
-    """SAME convolution, NHWC by HWIO; on CPU as a matrix product (see the module's head)."""
-    if backend() == "cpu":
-        if w.shape[:2] == (1, 1) and stride == 1:
-            return x @ w[0, 0]
-        return grouped_matmul_convolve(x, w, stride, groups)
-    return jax.lax.conv_general_dilated(
-        x, w, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups
-    )
-
-
-def grouped_matmul_convolve(
-    x: Float[Array, "B H W I"], w: Float[Array, "KH KW IG O"], stride: int, groups: int
-) -> Float[Array, "B H2 W2 O"]:
-    """The same convolution: the input shifted by each kernel tap, stacked to patches, times the weights of each group.
-
-    Taps that would read nothing but padding (a 3x3 kernel on a 1x1 image has one real tap) are left out.
-    """
-    batch, height, width, channels = x.shape
-    outputs = w.shape[-1]
-    rows, top, bottom = _taps(height, w.shape[0], stride)
-    columns, left, right = _taps(width, w.shape[1], stride)
-    out_h, out_w = -(-height // stride), -(-width // stride)
-    x = jnp.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
-    shifted = [
-        x[:, row : row + (out_h - 1) * stride + 1 : stride, column : column + (out_w - 1) * stride + 1 : stride]
-        for _, row in rows
-        for _, column in columns
-    ]
-    w = jnp.stack([w[i, j] for i, _ in rows for j, _ in columns])  # [T, I/G, O]
-    patches = jnp.stack(shifted, axis=3).reshape(batch * out_h * out_w, len(shifted), groups, channels // groups)
-    patches = patches.transpose(2, 0, 1, 3).reshape(groups, batch * out_h * out_w, -1)
-    w = w.reshape(-1, groups, outputs // groups).transpose(1, 0, 2)
-    out = jax.lax.batch_matmul(patches, w)  # [G, B*H2*W2, O/G]
-    return out.transpose(1, 0, 2).reshape(batch, out_h, out_w, outputs)
-
-
-def _taps(size: int, kernel: int, stride: int) -> tuple[list[tuple[int, int]], int, int]:
-    """The kernel taps that read a pixel under SAME padding, as (tap, its start in the padded input); padding needed."""
-    out = -(-size // stride)
-    before = max((out - 1) * stride + kernel - size, 0) // 2
-    last = (out - 1) * stride
-    starts = {tap: tap - before for tap in range(kernel)}
-    used = {tap: at for tap, at in starts.items() if any(0 <= at + i * stride < size for i in range(out))}
-    low, high = max(0, -min(used.values())), max(0, max(used.values()) + last + 1 - size)
-    return [(tap, at + low) for tap, at in used.items()], low, high
+def draws(key: Key[Array, ""], keep, shape: tuple[int, ...], axis: int, part: Part) -> Array:
+    """Bernoulli draws for the examples along an axis: those that these examples get in the whole batch, wherever they are."""
+    index, count = part
+    size = shape[axis]
+    everywhere = jax.random.bernoulli(key, keep, (*shape[:axis], size * count, *shape[axis + 1 :]))
+    return jax.lax.dynamic_slice_in_dim(everywhere, index * size, size, axis) if count > 1 else everywhere
 
 
 def parameter(shape: tuple[int, ...], *, std: float = 0.0, mean: float = 0.0) -> nnx.Param:
@@ -130,7 +71,7 @@ def parameter(shape: tuple[int, ...], *, std: float = 0.0, mean: float = 0.0) ->
 
 
 class ScaledWSConv(nnx.Module):
-    """Convolution with scaled weight standardisation, a gain and a bias for each output channel; SAME padding."""
+    """Convolution, SAME padding, with a bias for each output channel; its weights have been through `standardised`."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, *, stride: int = 1, groups: int = 1):
         shape = (kernel, kernel, inputs // groups, outputs)
@@ -139,19 +80,18 @@ class ScaledWSConv(nnx.Module):
         self.bias = parameter((outputs,))
         self.stride, self.groups = stride, groups
 
-    def __call__(
-        self, x: Float[Array, "B H W I"], w: Float[Array, "KH KW IG O"] | None = None
-    ) -> Float[Array, "B H2 W2 O"]:
-        """w: the standardised weights, where they have been computed before."""
-        if w is None:
-            w = self.standardised(x.dtype)
-        out = convolve(x, w, self.stride, self.groups) + self.bias[...].astype(x.dtype)
-        return checkpoint_name(out, "conv")
+    def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B H2 W2 O"]:
+        return convolve(x, self.w[...].astype(x.dtype), self.stride, self.groups) + self.bias[...].astype(x.dtype)
 
-    def standardised(self, dtype) -> Float[Array, "*D KH KW IG O"]:
-        """Standardised weights; of stacked parameters, each by itself."""
-        function = standardise_weight if self.w.ndim == 4 else jax.vmap(standardise_weight)
-        return function(self.w[...], self.gain[...]).astype(dtype)
+    def packed(self, x: Float[Array, "B H W I"], before: int, after: int) -> Float[Array, "B H2 W2 O2"]:
+        """The same between packed maps (`packed_weights`)."""
+        w = packed_weights(self.w[...].astype(x.dtype), self.stride, before, after)
+        stride = self.stride * after if before == 1 else 1
+        padding = packed_padding(len(self.w[...]), self.stride, before, after)
+        out = jax.lax.conv_general_dilated(
+            x, w, (stride, stride), (padding, padding), dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return out + jnp.tile(self.bias[...].astype(x.dtype), after**2)
 
 
 class Linear(nnx.Module):
@@ -172,9 +112,8 @@ class SqueezeExcite(nnx.Module):
         self.linear = Linear(channels, channels // 2)
         self.linear_1 = Linear(channels // 2, channels)
 
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B 1 1 C"]:
-        hidden = jax.nn.relu(self.linear(x.mean((1, 2))))
-        return jax.nn.sigmoid(self.linear_1(hidden))[:, None, None, :]
+    def __call__(self, pooled: Float[Array, "B C"]) -> Float[Array, "B C"]:
+        return jax.nn.sigmoid(self.linear_1(jax.nn.relu(self.linear(pooled))))
 
 
 class Block(nnx.Module):
@@ -185,7 +124,7 @@ class Block(nnx.Module):
     """
 
     def __init__(
-        self, inputs: int, outputs: int, bottleneck: int, *, groups: int, stride: int, transition: bool, lean: bool
+        self, inputs: int, outputs: int, bottleneck: int, *, groups: int, stride: int, transition: bool
     ):  # fmt: skip
         self.conv0 = ScaledWSConv(inputs, bottleneck, 1)
         self.conv1 = ScaledWSConv(bottleneck, bottleneck, 3, stride=stride, groups=groups)
@@ -196,49 +135,58 @@ class Block(nnx.Module):
         self.squeeze_excite = SqueezeExcite(outputs)
         self.skip_gain = parameter(())
         self.stride, self.transition = stride, transition
-        self.activation = lean_activation if lean else activation
 
     def __call__(
         self, x: Float[Array, "B H W I"], beta: float | Float[Array, ""], drop_mask: Float[Array, "B 1 1 1"] | None,
-        weights: dict[str, Array] | None = None, signals: bool = False,
+        signals: bool = False,
     ) -> tuple[Float[Array, "B H2 W2 O"], Float[Array, "3"] | None]:  # fmt: skip
         """The block's output and, with signals, its `signal_figures`.
 
-        drop_mask: 1 keeps and 0 drops the branch of an example (stochastic depth), or None. weights: standardised weights of
-        its convolutions by name, where they have been computed before.
+        drop_mask: 1 keeps and 0 drops the branch of an example (stochastic depth), or None.
         """
-        weights = weights or {}
-        out = self.activation(x) * jnp.asarray(beta, x.dtype)
-        shortcut = x
+        out, shortcut = self.enter(x, beta)
+        out = self.middle(checkpoint_name(out, "entry"))
+        out = checkpoint_name(self.last(checkpoint_name(out, "conv")), "conv")
+        pooled = checkpoint_name(self.pooled(out), "conv")
+        x = self.leave(shortcut, out, pooled, drop_mask)
+        if not signals:
+            return x, None
+        branch = self.conv2(activation(out)) * self.gate(pooled)[:, None, None]
+        return x, signal_figures(x, jnp.mean(jnp.var(branch, axis=(0, 1, 2))))
+
+    def enter(self, x: Float[Array, "B H W I"], beta: float | Float[Array, ""]) -> tuple[Array, Array]:
+        """The first convolution's output, and the shortcut."""
+        out = activation(x, beta)
         if self.transition:
-            shortcut = self.conv_shortcut(average_pool(out) if self.stride > 1 else out)
-        out = self.conv0(out, weights.get("conv0"))
-        out = self.conv1(self.activation(out), weights.get("conv1"))
-        out = self.conv1b(self.activation(out), weights.get("conv1b"))
-        out = self.conv2(self.activation(out), weights.get("conv2"))
-        branch = out * self.squeeze_excite(out) * 2
-        out = branch
+            x = self.conv_shortcut(average_pool(out) if self.stride > 1 else out)
+        return self.conv0(out), x
+
+    def middle(self, out: Float[Array, "B H W N"]) -> Float[Array, "B H2 W2 N"]:
+        return self.conv1(activation(out))
+
+    def last(self, out: Float[Array, "B H2 W2 N"]) -> Float[Array, "B H2 W2 N"]:
+        return self.conv1b(activation(out))
+
+    def pooled(self, out: Float[Array, "B H2 W2 N"]) -> Float[Array, "B N"]:
+        """Spatial mean of the input of the last 1x1 convolution."""
+        return activation(out).mean((1, 2))
+
+    def gate(self, pooled: Float[Array, "B N"]) -> Float[Array, "B O"]:
+        """What squeeze-excite multiplies the branch with. The mean of a 1x1 convolution is that of its input, convolved."""
+        w, bias = self.conv2.w[0, 0].astype(pooled.dtype), self.conv2.bias[...].astype(pooled.dtype)
+        return self.squeeze_excite(pooled @ w + bias) * 2
+
+    def leave(
+        self, shortcut: Float[Array, "B H2 W2 O"], out: Float[Array, "B H2 W2 N"], pooled: Float[Array, "B N"],
+        drop_mask: Float[Array, "B 1 1 1"] | None,
+    ) -> Float[Array, "B H2 W2 O"]:  # fmt: skip
+        """The branch's last convolution, gated, on top of the shortcut: one pass over the map, all factors in one."""
+        scale = self.gate(pooled) * (ALPHA * self.skip_gain[...]).astype(out.dtype)
         if drop_mask is not None:
-            out = out * drop_mask.astype(out.dtype)
-        x = shortcut + out * (ALPHA * self.skip_gain[...]).astype(out.dtype)
-        return x, signal_figures(x, jnp.mean(jnp.var(branch, axis=(0, 1, 2)))) if signals else None
-
-
-def average_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
-    """2x2 mean with stride 2; at an odd edge the mean is over the pixels that exist (SAME, padding not counted).
-
-    On CPU not lax.reduce_window: jax 0.10.2 gives wrong sums for it on 1x1 images in large batches. Elsewhere that is faster
-    than a reshape and a sum, whose gradient is a broadcast of its own.
-    """
-    batch, height, width, channels = x.shape
-    if backend() == "cpu":
-        x = jnp.pad(x, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
-        total = x.reshape(batch, x.shape[1] // 2, 2, x.shape[2] // 2, 2, channels).sum((2, 4))
-    else:
-        zero = np.zeros((), x.dtype)
-        total = jax.lax.reduce_window(x, zero, jax.lax.add, (1, 2, 2, 1), (1, 2, 2, 1), "SAME")
-    rows, columns = (np.minimum(2, n - 2 * np.arange(-(-n // 2))) for n in (height, width))
-    return total / jnp.asarray(rows[:, None, None] * columns[:, None], x.dtype)
+            scale = scale * drop_mask[:, 0, 0].astype(out.dtype)
+        scale = scale[:, None, None]
+        branch = convolve(activation(out), self.conv2.w[...].astype(out.dtype), 1, 1)
+        return shortcut + branch * scale + self.conv2.bias[...].astype(out.dtype) * scale
 
 
 class Stage(nnx.Module):
@@ -250,16 +198,15 @@ class Stage(nnx.Module):
 
     def __init__(
         self, inputs: int, outputs: int, bottleneck: int, depth: int, *,
-        groups: int, stride: int, first_beta: float, unroll: int, remat: str, hoist: bool | None,
+        groups: int, stride: int, first_beta: float, unroll: int, remat: str,
     ):  # fmt: skip
-        lean = remat == "activations"
-        self.first = Block(inputs, outputs, bottleneck, groups=groups, stride=stride, transition=True, lean=lean)
+        self.first = Block(inputs, outputs, bottleneck, groups=groups, stride=stride, transition=True)
         if depth > 1:
-            block = Block(outputs, outputs, bottleneck, groups=groups, stride=1, transition=False, lean=lean)
+            block = Block(outputs, outputs, bottleneck, groups=groups, stride=1, transition=False)
             graphdef, state = nnx.split(block)
             stacked = jax.tree.map(lambda p: jnp.broadcast_to(p, (depth - 1, *p.shape)), state)
             self.rest = nnx.merge(graphdef, stacked)
-        self.depth, self.unroll, self.remat, self.hoist = depth, unroll, remat, hoist
+        self.depth, self.unroll, self.remat = depth, unroll, remat
         self.betas = (first_beta, *((1 + ALPHA**2 * i) ** -0.5 for i in range(1, depth)))
 
     @property
@@ -271,41 +218,41 @@ class Stage(nnx.Module):
         self, x: Float[Array, "B H W I"], drop_masks: Float[Array, "D B 1 1 1"] | None, signals: bool = False
     ) -> tuple[Float[Array, "B H2 W2 O"], Float[Array, "D 3"] | None]:
         """Output and, with signals, the figures of each block."""
-
-        def run(module: nnx.Module):
-            """(function of the module's parameters and a block's inputs, those parameters)"""
-            graphdef, state = nnx.split(module)
-
-            def block(state, x, beta, mask, weights):
-                return nnx.merge(graphdef, state)(x, beta, mask, weights, signals)
-
-            return rematerialised(block, self.remat), state
-
-        first, state = run(self.first)
-        x, figures = first(state, x, jnp.float32(self.betas[0]), None if drop_masks is None else drop_masks[0], None)
+        graphdef, state = nnx.split(self.first)
+        first = rematerialised(lambda state, *inputs: nnx.merge(graphdef, state)(*inputs, signals), self.remat)
+        x, figures = first(state, x, jnp.float32(self.betas[0]), None if drop_masks is None else drop_masks[0])
         if self.depth == 1:
             return x, figures[None] if signals else None
-        rest, state = run(self.rest)
-        weights = None
-        if self.hoist if self.hoist is not None else backend() != "cpu":
-            names = ("conv0", "conv1", "conv1b", "conv2")
-            weights = {name: getattr(self.rest, name).standardised(x.dtype) for name in names}
-
-        def body(x, scanned):
-            state, beta, mask, weights = scanned
-            return rest(state, x, beta, mask, weights)
-
-        scanned = (state, jnp.asarray(self.betas[1:]), None if drop_masks is None else drop_masks[1:], weights)
-        x, others = jax.lax.scan(body, x, scanned, unroll=min(self.unroll, self.depth - 1))
+        graphdef, state = nnx.split(self.rest)
+        betas, masks = jnp.asarray(self.betas[1:], jnp.float32), None if drop_masks is None else drop_masks[1:]
+        unroll = min(self.unroll, self.depth - 1)
+        if self.remat in PARTS and not signals:
+            parts = tuple(functools.partial(_run_part, graphdef, names) for names in PARTS[self.remat])
+            return scan_recomputing(parts, unroll, state, x, (betas, masks)), None
+        rest = rematerialised(lambda state, *inputs: nnx.merge(graphdef, state)(*inputs, signals), self.remat)
+        scanned = (state, betas, masks)
+        x, others = jax.lax.scan(lambda x, own: rest(own[0], x, *own[1:]), x, scanned, unroll=unroll)
         return x, jnp.concatenate([figures[None], others]) if signals else None
 
 
-def rematerialised(function, remat: str):
-    """`function`, of which the backward pass computes again what `remat` does not keep."""
-    if remat in ("none", "activations"):
-        return function
-    policy = jax.checkpoint_policies.save_only_these_names("conv") if remat == "convs" else None
-    return jax.checkpoint(function, policy=policy, prevent_cse=False)
+PARTS = {  # of a block, by `remat`: the input of each is kept
+    "full": (("enter", "middle", "last", "leave"),),
+    "entry": (("enter",), ("middle", "last", "leave")),
+    "convs": (("enter",), ("middle",), ("last",), ("leave",)),
+}
+
+
+def _run_part(graphdef, names: tuple[str, ...], params, x, out, beta, mask):
+    """These steps of a block: `scan_recomputing`'s part."""
+    block = nnx.merge(graphdef, params)
+    for name in names:
+        if name == "enter":
+            out = block.enter(x, beta)[0]
+        elif name == "leave":
+            out = block.leave(x, out, block.pooled(out), mask)
+        else:
+            out = getattr(block, name)(out)
+    return out
 
 
 def signal_figures(x: Float[Array, "... C"], branch_variance: Float[Array, ""]) -> Float[Array, "3"]:
@@ -325,7 +272,7 @@ class NFNet(nnx.Module):
     def __init__(
         self, variant: Variant, num_classes: int, *,
         stochdepth_rate: float = 0.0, drop_rate: float = 0.0, bottleneck_rule: str = "published",
-        dtype=jnp.float32, unroll: int = 1, remat: str = "none", hoist: bool | None = None,
+        dtype=jnp.float32, unroll: int = 1, remat: str = "none",
     ):  # fmt: skip
         stem_outputs = (*STEM_CHANNELS, variant.width[0] // 2)
         inputs = (3, *stem_outputs)
@@ -336,7 +283,8 @@ class NFNet(nnx.Module):
         for index, (width, depth, stride) in enumerate(zip(variant.width, variant.depth, STAGE_STRIDES, strict=True)):
             stage = Stage(
                 channels, width, variant.bottleneck(index, bottleneck_rule), depth,
-                groups=variant.groups(index), stride=stride, first_beta=beta, unroll=unroll, remat=remat, hoist=hoist,
+                groups=variant.groups(index), stride=stride, first_beta=beta, unroll=unroll,
+                remat=BY_STAGE[index] if remat == "by_stage" else remat,
             )  # fmt: skip
             setattr(self, f"stage{index}", stage)
             channels, beta = width, stage.final_beta
@@ -344,29 +292,35 @@ class NFNet(nnx.Module):
         self.head = Linear(2 * channels, num_classes, std=0.01)
         self.drop_rate, self.stochdepth_rate, self.dtype = drop_rate, stochdepth_rate, dtype
 
+    def run_stem(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B H2 W2 C"]:
+        """Four convolutions, packed where that fills the lanes of a TPU: their 16 to 64 channels are less than 128."""
+        packs = (1, 2, 2, 2, 1) if backend() == "tpu" and x.shape[1] % 4 == 0 and x.shape[2] % 4 == 0 else (1,) * 5
+        for index in range(4):
+            conv = self.stem[f"conv{index}"]
+            x = conv(x) if packs[index] == packs[index + 1] == 1 else conv.packed(x, *packs[index : index + 2])
+            if index < 3:
+                x = activation(x)
+        return x
+
     def __call__(
         self, images: Float[Array, "B H W 3"], *, train: bool = False, key: Key[Array, ""] | None = None,
-        signals: bool = False,
+        signals: bool = False, part: Part = WHOLE,
     ) -> tuple[Float[Array, "B K"], dict]:  # fmt: skip
         """Logits in float32, and {"features": pooled [B, C]}; with signals also {"signals": [blocks, 3]}.
 
-        train=True turns on stochastic depth and dropout, which need `key` where their rates are not 0.
+        train=True turns on stochastic depth and dropout, which need `key` where their rates are not 0. part: of `draws`.
         """
         random = train and (self.drop_rate > 0 or self.stochdepth_rate > 0)
         if random and key is None:
             raise ValueError("key: train=True with stochastic depth or dropout needs a jax.random.key")
         depth_key, drop_key = jax.random.split(key) if random else (None, None)
-        x = images.astype(self.dtype)
-        for index in range(4):
-            x = self.stem[f"conv{index}"](x)
-            if index < 3:
-                x = activation(x)
+        x = self.run_stem(images.astype(self.dtype))
         masks = None
         stages = [getattr(self, f"stage{index}") for index in range(len(STAGE_STRIDES))]
         blocks = sum(stage.depth for stage in stages)
         if random and self.stochdepth_rate > 0:  # the rate grows linearly with depth (nfnets/nfnet.py)
             keep = 1 - self.stochdepth_rate * jnp.arange(blocks) / blocks
-            masks = jax.random.bernoulli(depth_key, keep[:, None], (blocks, len(images)))
+            masks = draws(depth_key, keep[:, None], (blocks, len(images)), 1, part)
             masks = masks.astype(self.dtype)[:, :, None, None, None]
         figures, start = [], 0
         for stage in stages:
@@ -376,6 +330,6 @@ class NFNet(nnx.Module):
         features = activation(self.final_conv(x)).astype(jnp.float32).mean((1, 2))
         out = features
         if random and self.drop_rate > 0:
-            mask = jax.random.bernoulli(drop_key, 1 - self.drop_rate, out.shape)
+            mask = draws(drop_key, 1 - self.drop_rate, out.shape, 0, part)
             out = jnp.where(mask, out / (1 - self.drop_rate), 0)
         return self.head(out), {"features": features} | ({"signals": jnp.concatenate(figures)} if signals else {})

@@ -4,6 +4,7 @@ libtpu (the [plan] extra) compiles ahead of time for a named topology and writes
 it expects of every instruction. Those are estimates; `calibration` sets them beside published times.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -18,9 +19,9 @@ from jax.sharding import Mesh
 
 from nfnet_lib import models
 from nfnet_lib.config import ConfigError
+from nfnet_lib.convolution import for_backend
 from nfnet_lib.loader import Examples
-from nfnet_lib.nfnet import for_backend
-from nfnet_lib.optim import make_optimizer
+from nfnet_lib.optim import make_adamw, make_optimizer
 from nfnet_lib.records import write_json
 from nfnet_lib.sharding import batch_sharding, make_mesh, replicated, state_shardings
 from nfnet_lib.step import Schedule, init_state, train_step
@@ -31,7 +32,7 @@ _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v4-8", "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }  # fmt: skip
-LEAN = {"remat": "convs"}  # of `models.create`: what costs fewest cycles on TPU v4 (LOG.md)
+LEAN = {"remat": "by_stage"}  # of `models.create`: what costs fewest cycles on TPU v4 (LOG.md)
 
 
 class Estimate(NamedTuple):
@@ -82,10 +83,10 @@ def devices_of(topology: str, *, megacore: bool = True) -> list:
 
 def compile_train_step(
     variant: str, *, topology: str, global_batch: int, num_classes: int = 1000, megacore: bool = True, resolution: int = 224,
-    dtype: str = "bfloat16", sharding: str = "replicated", rho: float = 0.0, ascent_fraction: float = 1.0,
+    dtype: str = "bfloat16", sharding: str = "fsdp", rho: float = 0.0, ascent_fraction: float = 1.0,
     compiler_options: dict[str, Any] | None = None, **settings: Any,
 ) -> jax.stages.Compiled:  # fmt: skip
-    """The training step of a variant compiled for a TPU topology: SGD with AGC, float32 parameters, uint8 images.
+    """The training step of a variant compiled for a TPU topology: SGD with AGC (ViTs: AdamW), float32 parameters.
 
     settings: of `models.create` (remat, unroll, ...), by default LEAN. ConfigError for a batch that the devices do
     not divide and for topologies that the compiler does not know; jax's own error where a step does not fit the memory.
@@ -105,7 +106,8 @@ def lower_train_step(
 ) -> jax.stages.Lowered:  # fmt: skip
     """The step of `compile_train_step` for the devices of a mesh, not yet compiled."""
     model = models.create(variant, num_classes, dtype=jnp.dtype(dtype), **LEAN | settings)
-    optimizer, shared, split = make_optimizer(weight_decay=1e-6), replicated(mesh), batch_sharding(mesh)
+    optimizer = make_optimizer(weight_decay=1e-6) if model.variant.family == "NFNet" else make_adamw(weight_decay=1e-6)
+    shared, split = replicated(mesh), batch_sharding(mesh)
 
     def shape(size: tuple[int, ...], kind: Any, where: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(size, kind, sharding=where)
@@ -122,7 +124,7 @@ def lower_train_step(
     )  # fmt: skip
     step = functools.partial(
         train_step, model=model, optimizer=optimizer, loss="softmax", label_smoothing=0.0, rho=rho,
-        ascent_fraction=ascent_fraction, ema_decay=0.0, mesh=mesh, per_device=True,
+        ascent_fraction=ascent_fraction, ema_decay=0.0, mesh=mesh, per_device=True, placed=placed.params,
     )  # fmt: skip
     with for_backend("tpu"):
         return jax.jit(step, donate_argnums=0, out_shardings=(placed, shared)).lower(state, examples, schedule, key)
@@ -138,7 +140,7 @@ def cached_estimate(variant: str, cache_dir: str | os.PathLike, **request: Any) 
         return ""
 
     source = hashlib.sha256()
-    for name in ("nfnet", "vit", "models", "step", "agc", "sam", "optim", "losses", "plan"):
+    for name in ("nfnet", "convolution", "remat", "vit", "models", "step", "agc", "sam", "optim", "losses", "plan"):
         source.update((Path(__file__).parent / f"{name}.py").read_bytes())
     key = {"variant": variant, **request, "jax": found("jax"), "libtpu": found("libtpu"), "source": source.hexdigest()}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]

@@ -107,7 +107,7 @@ def programs(values: tuple, settings: tuple, num_classes: int, labels: tuple[int
     step = functools.partial(
         train_step, model=model, optimizer=optimizer, loss=config.loss, label_smoothing=config.label_smoothing,
         rho=config.rho, ascent_fraction=config.ascent_fraction, ema_decay=config.ema_decay, mesh=mesh,
-        per_device=config.sam_perturbation == "per_device",
+        per_device=config.sam_perturbation == "per_device", placed=placed.params if mesh.size > 1 else None,
     )  # fmt: skip
     step = jax.jit(step, donate_argnums=0, out_shardings=(placed, shared))
     evaluation = jax.jit(functools.partial(eval_step, model=model, loss=config.loss), out_shardings=shared)

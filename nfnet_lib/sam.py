@@ -34,7 +34,10 @@ def sam_gradient(
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
 
     def mean(tree: PyTree) -> PyTree:
-        return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+        """Over the axis, in float32 whatever the gradient's own type (experiment_nfnets.py)."""
+        if axis_name is None:
+            return tree
+        return jax.tree.map(lambda x: jax.lax.pmean(x.astype(jnp.float32), axis_name), tree)
 
     if axis_name is not None:  # or the gradient of what all devices share would be summed over them at once
         params = jax.tree.map(lambda p: jax.lax.pcast(p, axis_name, to="varying"), params)

@@ -1,5 +1,6 @@
 """One training step and one evaluation step: pure functions, compiled and sharded elsewhere (train.py)."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ from nfnet_lib.augment import MEAN_RGB, STDDEV_RGB
 from nfnet_lib.loader import Examples
 from nfnet_lib.losses import in_top, sigmoid_cross_entropy, softmax_cross_entropy
 from nfnet_lib.models import Model, Params
+from nfnet_lib.nfnet import WHOLE
 from nfnet_lib.optim import update_ema, warmup_cosine
 from nfnet_lib.sam import sam_gradient
 from nfnet_lib.sharding import DATA, replicated
@@ -60,37 +62,53 @@ def init_state(
 def train_step(
     state: TrainState, examples: Examples, schedule: Schedule, key: Key[Array, ""], *, model: Model,
     optimizer: optax.GradientTransformation, loss: str, label_smoothing: float, rho: float, ascent_fraction: float,
-    ema_decay: float, mesh: Mesh | None = None, per_device: bool = False,
+    ema_decay: float, mesh: Mesh | None = None, per_device: bool = False, placed: Params | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:  # fmt: skip
     """The state after one update, and {"loss", "lr", "grad_norm"} of it: the mean over the examples of weight 1.
 
     key: of the run; the step is folded in here. loss: "softmax" or "sigmoid". mesh: the devices among which the examples are
-    split; None or one device: no more to say. per_device: each perturbs by its own part's gradient (m-SAM) and draws its own
-    dropout; otherwise the numbers are those of one device.
+    split; None or one device: no more to say. per_device: with SAM each perturbs by its own part's gradient (m-SAM) and draws
+    its own dropout; otherwise the numbers are those of one device. placed: shardings of the parameters.
     """
     spread = mesh is not None and mesh.size > 1
-    axis_name = DATA if spread and per_device and rho > 0 else None
+    sam = rho > 0
+    axis_name = DATA if spread and (per_device or not sam) else None
 
-    def loss_fn(params, examples, key):
-        logits = model.apply(params, normalise(examples.images), train=True, key=key)
+    def loss_fn(weights, examples, key, part):
+        images = normalise(examples.images)
+        if sam:
+            logits = model.apply(weights, images, train=True, key=key)
+        else:
+            logits = model.apply_standardised(weights, images, train=True, key=key, part=part)
         each = example_loss(logits, examples, loss, label_smoothing)
         weight = jnp.sum(examples.weights)
         if axis_name is not None:  # a mean over all examples is the mean over devices of what each has of the sum
             weight = jax.lax.pmean(weight, axis_name)
         return jnp.sum(each * examples.weights) / jnp.where(weight > 0, weight, 1), None
 
-    def gradient(params, examples, key):
+    def gradient(weights, examples, key):
+        part = WHOLE
         if axis_name is not None:
-            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        return sam_gradient(loss_fn, params, examples, key, rho, ascent_fraction=ascent_fraction, axis_name=axis_name)
+            part = (jax.lax.axis_index(axis_name), mesh.size)
+            key = jax.random.fold_in(key, part[0]) if sam else key
+        own_loss = functools.partial(loss_fn, part=part)
+        return sam_gradient(own_loss, weights, examples, key, rho, ascent_fraction=ascent_fraction, axis_name=axis_name)
 
     if axis_name is not None:
         own, shared = PartitionSpec(axis_name), PartitionSpec()
         gradient = jax.shard_map(gradient, mesh=mesh, in_specs=(shared, own, shared), out_specs=shared)
-    params = state.params
+    weights, pull = state.params, None
+    if not sam:  # weights are standardised once a step and where they lie; SAM's second pass has others
+        weights, pull = jax.vjp(model.standardised, state.params)
+        weights = model.narrowed(weights)
     if spread:  # gathered here where the state is split, or XLA may split the model's channels
-        params = jax.lax.with_sharding_constraint(params, replicated(mesh))
-    (value, _), grads = gradient(params, examples, jax.random.fold_in(key, state.step))
+        weights = jax.lax.with_sharding_constraint(weights, replicated(mesh))
+    (value, _), grads = gradient(weights, examples, jax.random.fold_in(key, state.step))
+    grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+    if placed is not None:
+        grads = jax.lax.with_sharding_constraint(grads, placed)
+    if pull is not None:
+        (grads,) = pull(grads)
     lr = warmup_cosine(state.step, *schedule)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)

@@ -3,12 +3,18 @@
 import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from nfnet_lib.config import ConfigError
 from nfnet_lib.flops import forward_macs, num_params, train_flops
-from nfnet_lib.variants import STAGE_STRIDES, STEM_CHANNELS, Variant, ViTVariant, get_variant
+from nfnet_lib.variants import BY_STAGE, STAGE_STRIDES, STEM_CHANNELS, Variant, ViTVariant, get_variant
 
 GIB = 2**30
+ESTIMATES = Path(__file__).parent / "tpu_estimates.csv"  # the compiler's answers, made by benchmarks/tpu.py
+ESTIMATE_KEYS = {  # what an answer depends on, with `plan.compile_train_step`'s defaults
+    "variant": "", "topology": "", "global_batch": 0, "num_classes": 1000, "resolution": 224, "bottleneck_rule": "published",
+    "remat": "by_stage", "sharding": "fsdp", "megacore": True,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ class Cost:
         """What would make a run fit: the largest part of its memory made smaller."""
         state = sum(self.memory[name] for name in ("params", "momentum"))
         if self.memory["activations"] >= state:
-            return "remat convs or full, a smaller batch, or a larger slice"
+            return "remat by_stage or full, a smaller batch, or a larger slice"
         return "sharding fsdp on a larger slice"
 
     def bill(self, step_seconds: float | None = None, price: float | None = None) -> str:
@@ -151,19 +157,18 @@ def activation_bytes(
 ) -> float:
     """Bytes of bfloat16 activations that the backward pass needs of a device's images: an estimate.
 
-    Of each block its input, and by `remat` nothing else ("full"), its convolutions' outputs ("convs"), those before and after
-    the activation ("activations"), or these and what GELU computes on the way ("none": about four times the outputs).
+    Of each block its input, and by `remat` nothing else ("full"), its first convolution's output ("entry"), the first three's
+    ("convs"), or of each activation its value and slope, and the last convolution's output ("none").
     """
     if isinstance(variant, ViTVariant):
         tokens = (resolution // variant.patch) ** 2
-        each = {"full": 1, "convs": 1, "activations": 14, "none": 20}[remat]  # of the width
-        return 2.0 * images * tokens * variant.width * variant.depth * each
-    times = {"full": 0, "convs": 1, "activations": 2, "none": 4}[remat]
+        return 2.0 * images * tokens * variant.width * variant.depth * (20 if remat == "none" else 1)  # of the width
     side = -(-resolution // 2)
-    total = float(sum(side**2 * channels for channels in STEM_CHANNELS)) * max(times, 1)
+    total = float(sum(side**2 * channels for channels in STEM_CHANNELS)) * (2 if remat == "none" else 1)
     side = -(-side // 2)
     for index, (width, depth, stride) in enumerate(zip(variant.width, variant.depth, STAGE_STRIDES, strict=True)):
         side = -(-side // stride)
-        outputs = 3 * variant.bottleneck(index, bottleneck_rule) + width
-        total += depth * side**2 * (width + times * outputs)
+        narrow = variant.bottleneck(index, bottleneck_rule)
+        kept = {"full": 0, "entry": narrow, "convs": 3 * narrow, "none": 2 * width + 6 * narrow}
+        total += depth * side**2 * (width + kept[BY_STAGE[index] if remat == "by_stage" else remat])
     return 2.0 * images * total

@@ -15,7 +15,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from nfnet_lib.nfnet import Linear, parameter, rematerialised, signal_figures
+from nfnet_lib.nfnet import WHOLE, Linear, Part, draws, parameter, signal_figures
+from nfnet_lib.remat import rematerialised
 from nfnet_lib.variants import ViTVariant
 
 NORM_EPS = 1e-6
@@ -119,7 +120,7 @@ class ViT(nnx.Module):
 
     def __call__(
         self, images: Float[Array, "B H W 3"], *, train: bool = False, key: Key[Array, ""] | None = None,
-        signals: bool = False,
+        signals: bool = False, part: Part = WHOLE,
     ) -> tuple[Float[Array, "B K"], dict]:  # fmt: skip
         """Logits in float32, and {"features": pooled [B, D]}, with signals also {"signals": [blocks, 3]}, as `nfnet.NFNet`."""
         random = train and (self.drop_rate > 0 or self.stochdepth_rate > 0)
@@ -141,7 +142,7 @@ class ViT(nnx.Module):
         masks = None
         if random and self.stochdepth_rate > 0:
             keep = 1 - self.stochdepth_rate * jnp.arange(self.depth) / self.depth
-            masks = jax.random.bernoulli(depth_key, keep[:, None, None], (self.depth, 2, batch))
+            masks = draws(depth_key, keep[:, None, None], (self.depth, 2, batch), 2, part)
             masks = masks.astype(self.dtype)[..., None, None]
         graphdef, state = nnx.split(self.blocks)
 
@@ -161,7 +162,7 @@ class ViT(nnx.Module):
         features = x.astype(jnp.float32)
         out = features
         if random and self.drop_rate > 0:
-            mask = jax.random.bernoulli(drop_key, 1 - self.drop_rate, out.shape)
+            mask = draws(drop_key, 1 - self.drop_rate, out.shape, 0, part)
             out = jnp.where(mask, out / (1 - self.drop_rate), 0)
         return self.head(out), {"features": features} | ({"signals": figures} if signals else {})
 

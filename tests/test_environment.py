@@ -24,7 +24,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 SUPPORTED_PYTHONS = ["3.11", "3.12"]  # both are tested; the same two stand in pyproject.toml's classifiers
 # The modules that may import JAX; everything else is analysis, which starts in about a second without it.
 JAX_MODULES = {
-    *("nfnet", "vit", "models", "pretrained", "big_vision", "weights", "predict"),
+    *("nfnet", "convolution", "remat", "vit", "models", "pretrained", "big_vision", "weights", "predict"),
     *("agc", "sam", "optim", "losses", "step", "train", "checkpoint", "plan"),
     *("loader", "program", "dedup", "finetune", "distributed", "sharding", "provenance", "selection", "evaluate"),
 }

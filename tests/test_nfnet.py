@@ -13,8 +13,17 @@ from flax import nnx
 from released import released_norms, rule_params
 
 from nfnet_lib import flops, models
+from nfnet_lib.convolution import (
+    average_pool,
+    convolve,
+    for_backend,
+    grouped_matmul_convolve,
+    packed_padding,
+    packed_weights,
+    standardise_weight,
+)
 from nfnet_lib.losses import softmax_cross_entropy
-from nfnet_lib.nfnet import Stage, average_pool, convolve, for_backend, grouped_matmul_convolve, standardise_weight
+from nfnet_lib.nfnet import GELU_SCALE, Stage, activation
 from nfnet_lib.optim import make_optimizer
 from nfnet_lib.pretrained import released_names
 from nfnet_lib.variants import VARIANTS, get_variant
@@ -222,22 +231,23 @@ def test_bad_input_is_named(arguments, settings, words):
 
 
 @functools.cache
-def stage_gradient(remat="none", hoist=None, unroll=1):
+def stage_gradient(remat="none", unroll=1, masked=True):
     """Loss and gradient of a small stage of four blocks with these settings."""
-    options = {"groups": 2, "stride": 2, "first_beta": 1.0, "unroll": unroll, "remat": remat, "hoist": hoist}
+    options = {"groups": 2, "stride": 2, "first_beta": 1.0, "unroll": unroll, "remat": remat}
     graphdef, state = nnx.split(Stage(8, 12, 8, 4, **options))
     leaves, structure = jax.tree.flatten(state)
     keys = jax.random.split(jax.random.key(0), len(leaves))
     state = jax.tree.unflatten(structure, [jax.random.normal(k, p.shape) for k, p in zip(keys, leaves, strict=True)])
     x, masks = jax.random.normal(jax.random.key(1), (3, 8, 8, 8)), jnp.ones((4, 3, 1, 1, 1)).at[2, 1].set(0)
+    masks = masks if masked else None
     return jax.jit(jax.value_and_grad(lambda state, x: jnp.sum(nnx.merge(graphdef, state)(x, masks)[0] ** 2), (0, 1)))(
         state, x
     )
 
 
-@pytest.mark.parametrize("settings", [("activations",), ("convs", True, 2), ("full",), ("none", True)])
-def test_what_is_kept_and_where_weights_are_standardised_changes_no_number(settings):
-    (loss, grads), (expected, plain) = stage_gradient(*settings), stage_gradient()
+@pytest.mark.parametrize("settings", [("convs",), ("convs", 2), ("convs", 1, False), ("entry", 3), ("full",)])
+def test_what_is_kept_for_the_backward_pass_changes_no_number(settings):
+    (loss, grads), (expected, plain) = stage_gradient(*settings), stage_gradient(masked=settings[2:] != (False,))
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
     for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4 * float(jnp.max(jnp.abs(other))))
@@ -257,3 +267,50 @@ def test_pooling_is_the_same_on_every_backend(side):
         other, other_grad = jax.value_and_grad(both)(x)
     assert float(value) == pytest.approx(float(other), rel=1e-5)
     np.testing.assert_allclose(grad, other_grad, rtol=1e-5)
+
+
+def test_the_activation_and_its_slope_in_closed_form():
+    """Against the definition in float64, and against jax's GELU."""
+    x = np.linspace(-8, 8, 2001)
+    inner = np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)
+    gate, slope = 0.5 * (1 + np.tanh(inner)), 0.5 / np.cosh(inner) ** 2 * np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * x**2)
+    value, grad = jax.vmap(jax.value_and_grad(activation))(jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(value, GELU_SCALE * x * gate, atol=2e-6)
+    np.testing.assert_allclose(grad, GELU_SCALE * (gate + x * slope), atol=1e-5)
+    np.testing.assert_allclose(value, GELU_SCALE * jax.nn.gelu(jnp.asarray(x, jnp.float32)), atol=2e-6)
+
+
+@pytest.mark.parametrize("side,size", [((64, 96), 2), ((30, 44), 1)])
+def test_a_packed_stem_is_the_same_network(side, size):
+    """Logits and gradients as traced for a TPU, whose stem is packed where the sides are multiples of 4, and for a GPU."""
+    model = models.create("F0-mini", 10)
+    params, images = rule_params(model), jax.random.normal(jax.random.key(0), (size, *side, 3))
+
+    def loss(params):
+        return jnp.mean(jnp.sin(model.apply(params, images)))
+
+    with for_backend("gpu"):
+        plain, grads = jax.value_and_grad(loss)(params)
+    with for_backend("tpu"):
+        packed, other = jax.value_and_grad(loss)(params)
+    assert float(packed) == pytest.approx(float(plain), rel=1e-4)
+    for one, two in zip(jax.tree.leaves(other), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-4 * float(jnp.max(jnp.abs(two))) + 1e-9)
+
+
+@pytest.mark.parametrize("stride,before,after", [(2, 1, 2), (1, 2, 2), (2, 2, 1), (1, 4, 4), (1, 1, 4), (2, 4, 2)])
+def test_packed_weights_against_the_plain_convolution(stride, before, after):
+    x, w = jax.random.normal(jax.random.key(0), (2, 16, 24, 3)), jax.random.normal(jax.random.key(1), (3, 3, 3, 5))
+    plain = jax.lax.conv_general_dilated(x, w, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    def pack(x, by):
+        batch, height, width, channels = x.shape
+        x = x.reshape(batch, height // by, by, width // by, by, channels).transpose(0, 1, 3, 2, 4, 5)
+        return x.reshape(batch, height // by, width // by, -1)
+
+    step = stride * after if before == 1 else 1
+    out = jax.lax.conv_general_dilated(
+        pack(x, before), packed_weights(w, stride, before, after), (step, step),
+        [packed_padding(3, stride, before, after)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )  # fmt: skip
+    np.testing.assert_allclose(out, pack(plain, after), rtol=1e-4, atol=1e-4)
