@@ -94,8 +94,7 @@ class RunConfig(BaseModel):
     )
     remat: Literal["none", "convs", "entry", "full", "by_stage"] = Field(
         "none",
-        description="what the backward pass computes again: nothing, all but the convolutions or the first of them, all, or"
-        " what suits TPU v4",
+        description="what the backward pass computes again; entry and convs keep convolutions, by_stage suits TPU v4",
     )
     unroll: int = Field(1, ge=1, description="blocks a scan step")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of the initialisation, the data order and the noise")
