@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from nfnet_lib import paper
+from nfnet_lib import paper, plan
 from nfnet_lib.cli import main
 from nfnet_lib.config import ConfigError
 from nfnet_lib.plan import estimated_cycles
@@ -126,3 +126,16 @@ def test_cycles_of_loops_count_as_often_as_they_run():
     program = PROGRAM.replace("while(%t), condition=%cond.2, body=%body.2", 'while(%t), condition=%cond.2, body=%body.2, '
                               'backend_config={"known_trip_count":{"n":"3"}}')  # fmt: skip
     assert estimated_cycles(program) == 5 * (10 + 3 * 2) + 7 * 2 + 100
+
+
+def test_the_compiler_is_asked_once_for_a_request(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(plan, "compile_train_step", lambda variant, **request: asked.append((variant, request)))
+    monkeypatch.setattr(plan, "estimate", lambda compiled: plan.Estimate(1e6 * len(asked), 1, 2, 3, 4, 5))
+    first = plan.cached_estimate("F0", tmp_path, topology="v4:2x2x1", global_batch=256)
+    assert first.cycles == 1e6 and first.peak == 1 + 2 - 3 + 4 + 5
+    assert plan.cached_estimate("F0", tmp_path, topology="v4:2x2x1", global_batch=256) == first and len(asked) == 1
+    assert plan.cached_estimate("F0", tmp_path, topology="v4:2x2x1", global_batch=512).cycles == 2e6
+    for path in tmp_path.iterdir():
+        path.write_text("{")
+    assert plan.cached_estimate("F0", tmp_path, topology="v4:2x2x1", global_batch=256).cycles == 3e6
