@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _SLICE = re.compile(r"^# Slice: (\S+), ([\d,]+) classes$", re.MULTILINE)
-_COST = re.compile(r"^# Planned cost.*\n(?:#   .*\n)*", re.MULTILINE)
+_COST = re.compile(r"^# Cost, planned.*\n(?:#   .*\n)*", re.MULTILINE)
 LEAST_TRIALS = 3  # learning rates a cell: an optimum between two that are worse
 
 
@@ -43,7 +43,7 @@ def cost_lines(path: str | Path) -> list[str]:
     table, (topology, _) = study_table(path), slice_of(path)
     hours = table["core_hours"].fillna(table["floor_core_hours"])
     known = table["core_hours"].notna()
-    lines = [f"Planned cost (nfnet cost {Path(path).name} --write; pre-training, calibrated on published times):"]
+    lines = [f"Cost, planned (nfnet cost {Path(path).name} --write; pre-training, calibrated on published times):"]
     for variant, rows in table.assign(hours=hours, known=known).groupby("variant", sort=False):
         runs = ", ".join(
             f"{row.epoch_budget:g} epoch{'s' * (row.epoch_budget != 1)} {rounded(row.hours)}"

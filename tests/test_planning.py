@@ -71,7 +71,7 @@ def test_the_papers_four_points():
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_study_files_say_what_they_cost_now(path):
     """`nfnet cost params/tpu/*.yaml params/paper/study.yaml --write` makes these headers."""
-    assert path.read_text() == with_header(path) and "# Planned cost" in path.read_text()
+    assert path.read_text() == with_header(path) and "# Cost, planned" in path.read_text()
     study, table = StudyConfig.from_file(path), study_table(path)
     assert len(table) == len(study.variants) * len(study.epoch_budgets) and table["fits"].all()
 
