@@ -34,22 +34,19 @@ class Measurement:
 
 
 _README = "README of google-deepmind/deepmind-research nfnets: TPUv3, batch 32 a core"
-# The released NFNet code, compiled for TPU by libtpu 0.0.51, where its time is known.
+_PRINTED = (
+    paper.points()
+    .query("quantity == 'pretrain compute' and unit == 'TPU-v4 core-hours'")
+    .set_index("model")["value"]
+    .to_dict()
+)
+# The released NFNet code, compiled for TPU by libtpu 0.0.51 (ms), where its time is known.
 MEASURED = (
-    Measurement("F0", "v3", 192, 32, 53.9, 73.3, _README),
-    Measurement("F1", "v3", 224, 32, 119.2, 158.5, _README),
-    Measurement("F7+", "v4", 224, 64, 402e6 / 1.05e9 * 1e3, 110e3 * 3600e3 / (7_812_500 * 128),
-                "arXiv 2310.16764: 8 epochs of 4e9 images in 110k core-hours, \"estimated by eye\""),
+    Measurement("F0", "v3", 192, 32, 53.9, paper.V3_STEP_MS["F0"][1], _README),
+    Measurement("F1", "v3", 224, 32, 119.2, paper.V3_STEP_MS["F1"][1], _README),
+    Measurement("F7+", "v4", 224, 64, 402e6 / 1.05e9 * 1e3, _PRINTED["F7+"] * 3600e3 / (7_812_500 * 128),
+                "arXiv 2310.16764: 8 epochs of 4e9 images at batch 4096, \"estimated by eye\""),
 )  # fmt: skip
-PUBLISHED_V3 = {
-    "F0": (192, 73.3),
-    "F1": (224, 158.5),
-    "F2": (256, 295.8),
-    "F3": (320, 532.2),
-    "F4": (384, 1033.3),
-    "F5": (416, 1398.5),
-}
-"""{variant: (px, ms a step)} of the released code on TPU v3, 32 images a core (README of nfnets/)."""
 POINTS = {"F7+": (32e9, 30_000), "g/14": (16e9, 29_593), "G/14": (20.5e9, 29_593), "So400m/14": (40e9, 29_593)}
 """{variant: (images seen, classes)} of the points of Figure 1 with known compute (arXiv 2310.16764, 2106.04560, 2305.13035)."""
 
@@ -91,18 +88,22 @@ def recorded_estimates() -> "pd.DataFrame":
 
 @functools.cache
 def recorded(
-    variant: str, topology: str, global_batch: int, resolution: int = 224, bottleneck_rule: str = "published"
-) -> tuple[float, str] | None:
+    variant: str, topology: str, global_batch: int, resolution: int = 224, bottleneck_rule: str = "published",
+    remat: str | None = None,
+) -> tuple[float, str] | None:  # fmt: skip
     """(seconds a step by the compiler's recorded estimate, what was compiled), or None where nothing like it was.
 
     Of the same variant, generation and resolution, the one with the nearest number of images a device, scaled to this one's:
-    the state's share does not grow with it, so that more images than were compiled for are planned a little too dear.
+    the state's share does not grow with it, so that more images than were compiled for are planned a little too dear. remat:
+    only programs with it; None: any.
     """
     chip, chips = parse_topology(topology)
     images = global_batch / (chips * chip.devices)
     table = recorded_estimates()
     same = (table["variant"] == variant) & (table["generation"] == topology.split(":")[0]) & table["megacore"]
     same &= (table["resolution"] == resolution) & (table["bottleneck_rule"] == bottleneck_rule)
+    if remat is not None:
+        same &= table["remat"] == remat
     if not same.any():
         return None
     rows = table[same]
@@ -121,7 +122,7 @@ def calibration_table() -> "pd.DataFrame":
     rows = [
         (RELEASED, m.variant, m.generation, m.resolution, m.images, m.estimate, m.published, m.source) for m in MEASURED
     ]
-    for variant, (side, published) in PUBLISHED_V3.items():
+    for variant, (side, published) in paper.V3_STEP_MS.items():
         if found := recorded(variant, "v3:2x2", 256, side):
             rows.append((OURS, variant, "v3", side, 32, found[0] * 1e3, published, _README))
     if found := recorded("F7+", "v4:4x4x4", 4096):
@@ -136,8 +137,6 @@ def points_table() -> "pd.DataFrame":
     """Planned core-hours of the paper's four points of known compute on TPU v4, and what the paper says; NaN: not compiled."""
     import pandas as pd
 
-    printed = paper.points().query("quantity == 'pretrain compute' and unit == 'TPU-v4 core-hours'")
-    printed = printed.set_index("model")["value"].to_dict()
     rows = []
     for variant, (images, classes) in POINTS.items():
         topology = "v4:4x4x4" if get_variant(variant).family == "NFNet" else "v4:8x8x8"
@@ -145,7 +144,7 @@ def points_table() -> "pd.DataFrame":
         found = recorded(variant, topology, 4096)
         seconds = calibrated(found[0], "v4") if found else (np.nan,) * 3
         hours = [planned.core_hours(s) for s in (found[0] if found else np.nan, *seconds)]
-        rows.append((variant, images, planned.core_hours(), *hours, printed[variant]))
+        rows.append((variant, images, planned.core_hours(), *hours, _PRINTED[variant]))
     columns = ["variant", "images", "floor", "estimate", "calibrated", "low", "high", "paper"]
     table = pd.DataFrame(rows, columns=columns)
     table["calibrated / paper"] = table["calibrated"] / table["paper"]
@@ -165,13 +164,14 @@ def plan_table(
 
     rows = []
     for variant in variants:
-        rule = {"bottleneck_rule": bottleneck_rule} if get_variant(variant).family == "NFNet" else {}
         for budget in epochs:
             planned = cost(
                 variant, topology, epochs=budget, examples=examples, global_batch=global_batch, num_classes=num_classes,
-                resolution=resolution, remat=remat, sharding=sharding, **rule,
+                resolution=resolution, remat=remat, sharding=sharding,
+                bottleneck_rule=bottleneck_rule,
             )  # fmt: skip
-            found = recorded(variant, topology, global_batch, resolution, bottleneck_rule)
+            kept = remat if get_variant(variant).family == "NFNet" else None  # ViTs are on record with everything kept
+            found = recorded(variant, topology, global_batch, resolution, bottleneck_rule, kept)
             rows.append(_plan_row(variant, budget, planned, found, topology.split(":")[0], price))
     return pd.DataFrame(rows)
 

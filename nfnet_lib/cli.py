@@ -152,11 +152,11 @@ def _plan(arguments: argparse.Namespace) -> int:
         global_batch=arguments.batch, bottleneck_rule=arguments.bottleneck_rule, **what,
     )  # fmt: skip
     print("\n".join(planned.lines()))
-    step = None
+    step, nfnet = None, get_variant(arguments.variant).family == "NFNet"
     if arguments.compile:
         from nfnet_lib.plan import cached_estimate
 
-        if get_variant(arguments.variant).family == "NFNet":
+        if nfnet:
             what["bottleneck_rule"] = arguments.bottleneck_rule
         found = cached_estimate(
             arguments.variant, arguments.cache_dir, topology=arguments.topology, global_batch=arguments.batch, **what
@@ -166,13 +166,14 @@ def _plan(arguments: argparse.Namespace) -> int:
     elif arguments.rho > 0:
         print("the compiler's recorded estimates are of plain steps: --compile asks it about SAM's")
     elif kept := recorded(
-        arguments.variant, arguments.topology, arguments.batch, arguments.resolution, arguments.bottleneck_rule
-    ):
+        arguments.variant, arguments.topology, arguments.batch, arguments.resolution, arguments.bottleneck_rule,
+        arguments.remat if nfnet else None,
+    ):  # fmt: skip
         step = kept[0]
         print(f"the compiler's recorded estimate: {step * 1e3:.1f} ms a step, from {kept[1]}; --compile asks it again")
     else:
         print(
-            "no compiled figure of this variant, generation and resolution is on record: --compile asks the TPU's compiler"
+            "no compiled figure of this variant, generation, resolution and remat is on record: --compile asks the compiler"
         )
     if step is None:
         print(planned.bill(None, arguments.price))

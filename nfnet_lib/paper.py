@@ -28,6 +28,12 @@ PAPER_UTILISATION = 0.395
 """Share of that peak the paper's F7+ run reached, with the published 192-channel first stage of "+" models: 8 epochs of
 4e9 images at 224 px, 6 * 111.2e9 FLOPs an image, in 110k core-hours. Computed, not printed."""
 
+V3_STEP_MS = {
+    "F0": (192, 73.3), "F1": (224, 158.5), "F2": (256, 295.8), "F3": (320, 532.2), "F4": (384, 1033.3), "F5": (416, 1398.5),
+}  # fmt: skip
+"""{variant: (training px, ms a step)} of the released NFNet code on TPU v3, 32 images a core: the table in the README of
+deepmind-research nfnets/."""
+
 POINT_COLUMNS = ("model", "family", "quantity", "value", "unit", "setting", "source", "where", "read", "note")
 
 _HOURS, _ERROR = "pretrain compute", "top-1 error"

@@ -1,5 +1,6 @@
 """What a budget buys: planned runs with the loss that a fitted law predicts, and the compute-optimal one among them."""
 
+import html
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -146,8 +147,6 @@ def explorer(result: FrontierResult | None, **start):
                 index=False
             )
         except (ConfigError, ValueError) as error:
-            import html
-
             shown.value = f"<p><b>{html.escape(str(error))}</b></p>"
 
     for control in controls.values():

@@ -97,6 +97,7 @@ def test_plan_command_says_where_its_estimate_comes_from(capsys):
     out = capsys.readouterr().out
     assert "recorded estimate" in out and "calibrated on published times" in out
     assert main([*line, "--rho", "0.05"]) == 0 and "plain steps" in capsys.readouterr().out
+    assert main([*line, "--remat", "none"]) == 0 and "no compiled figure" in capsys.readouterr().out
     assert main(["plan", "F2", *line[2:]]) == 0 and "no compiled figure" in capsys.readouterr().out
 
 
