@@ -13,7 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+FORMS = ("patches", "lax")  # of a convolution: patches of the input times a matrix, or XLA's own
+
 _BACKEND: contextvars.ContextVar[str] = contextvars.ContextVar("backend", default="")
+_FORM: contextvars.ContextVar[str] = contextvars.ContextVar("form", default="")
 
 
 @contextlib.contextmanager
@@ -26,27 +29,59 @@ def for_backend(name: str) -> Iterator[None]:
         _BACKEND.reset(token)
 
 
+@contextlib.contextmanager
+def using(form: str) -> Iterator[None]:
+    """Trace what is within with convolutions of this form, whatever the backend. ValueError for one not in FORMS."""
+    if form not in FORMS:
+        raise ValueError(f"form: {form!r}; allowed: {', '.join(FORMS)}")
+    token = _FORM.set(form)
+    try:
+        yield
+    finally:
+        _FORM.reset(token)
+
+
 def backend() -> str:
     """Of `for_backend`, or else jax's own."""
     return _BACKEND.get() or jax.default_backend()
 
 
-def standardise_weight(w: Float[Array, "H W I O"], gain: Float[Array, " O"]) -> Float[Array, "H W I O"]:
+def standardise_weight(w: Float[Array, "*D H W I O"], gain: Float[Array, "*D O"]) -> Float[Array, "*D H W I O"]:
     """Scaled weight standardisation: each output unit's fan-in gets mean 0 and variance gain^2 / fan_in.
 
-    The variance is floored so that variance * fan_in >= 1e-4 (nfnets/base.py WSConv2D).
+    The variance is floored so that variance * fan_in >= 1e-4 (nfnets/base.py WSConv2D). D: blocks, each by itself.
     """
-    flat = w.astype(jnp.float32).reshape(-1, w.shape[-1])
-    centred = flat - _column_sums(flat) / len(flat)
-    scale = jax.lax.rsqrt(jnp.maximum(_column_sums(centred**2), 1e-4)) * gain
-    return (centred * scale).reshape(w.shape)
+    flat = w.astype(jnp.float32).reshape(*w.shape[:-4], -1, w.shape[-1])
+    return _standardise(flat, gain[..., None, :]).reshape(w.shape)
+
+
+@jax.custom_vjp
+def _standardise(w: Float[Array, "*D F O"], gain: Float[Array, "*D 1 O"]) -> Float[Array, "*D F O"]:
+    return _standardise_forward(w, gain)[0]
+
+
+def _standardise_forward(w, gain):
+    mean = _fan_in_sums(w) / w.shape[-2]
+    squares = _fan_in_sums((w - mean) ** 2)
+    scale = jax.lax.rsqrt(jnp.maximum(squares, 1e-4))
+    return (w - mean) * (scale * gain), (w, gain, mean, squares, scale)
+
+
+def _standardise_backward(residuals, slope):
+    """In closed form: autodiff's passes over all weights are twice as many (LOG.md)."""
+    w, gain, mean, squares, scale = residuals
+    along = _fan_in_sums(slope * (w - mean)) * scale
+    shrink = jnp.where(squares > 1e-4, along * scale * scale, 0)  # nothing where the variance is at its floor
+    return (scale * gain) * (slope - _fan_in_sums(slope) / w.shape[-2]) - (w - mean) * (gain * shrink), along
+
+
+_standardise.defvjp(_standardise_forward, _standardise_backward)
 
 
 def standardised(params: dict) -> dict:
     """The parameters with the weights of every convolution standardised, stacked ones each by itself; float32."""
     if "gain" in params:
-        function = standardise_weight if params["w"].ndim == 4 else jax.vmap(standardise_weight)
-        return params | {"w": function(params["w"], params["gain"])}
+        return params | {"w": standardise_weight(params["w"], params["gain"])}
     return {name: standardised(value) if isinstance(value, dict) else value for name, value in params.items()}
 
 
@@ -59,19 +94,27 @@ def narrowed(weights: dict, dtype) -> dict:
     }  # fmt: skip
 
 
-def _column_sums(x: Float[Array, "I O"]) -> Float[Array, " O"]:
-    """Sums over the first axis; on CPU as a matrix product, which XLA runs faster than its reductions (LOG.md)."""
-    return jnp.ones(len(x)) @ x if backend() == "cpu" else x.sum(0)
+def _fan_in_sums(x: Float[Array, "*D F O"]) -> Float[Array, "*D 1 O"]:
+    """Sums over the fan-in; on CPU as products with a matrix of ones, which XLA runs faster than its reductions (LOG.md).
+
+    In two halves where that goes: a product with a vector is fused with what makes its operand and then runs on one core.
+    """
+    if backend() != "cpu":
+        return x.sum(-2, keepdims=True)
+    *lead, fan_in, outputs = x.shape
+    halves = 2 - fan_in % 2
+    ones = jnp.ones((*lead, halves, 1, fan_in // halves), x.dtype)
+    return (ones @ x.reshape(*lead, halves, -1, outputs)).sum(-3)
 
 
 def convolve(
     x: Float[Array, "B H W I"], w: Float[Array, "KH KW IG O"], stride: int, groups: int
 ) -> Float[Array, "B H2 W2 O"]:
-    """SAME convolution, NHWC by HWIO; on CPU as a matrix product (see the module's head)."""
-    if backend() == "cpu":
+    """SAME convolution, NHWC by HWIO, in the form of `using`, or else "patches" on CPU and "lax" elsewhere."""
+    if (_FORM.get() or ("patches" if backend() == "cpu" else "lax")) == "patches":
         if w.shape[:2] == (1, 1) and stride == 1:
             return x @ w[0, 0]
-        return grouped_matmul_convolve(x, w, stride, groups)
+        return patches_convolve(x, w, stride, groups)
     return jax.lax.conv_general_dilated(
         x, w, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups
     )
@@ -104,30 +147,32 @@ def packed_padding(size: int, stride: int, before: int, after: int) -> tuple[int
     return -(-start // before), max(end // before - (stride * after // before - 1), 0)
 
 
-def grouped_matmul_convolve(
+def patches_convolve(
     x: Float[Array, "B H W I"], w: Float[Array, "KH KW IG O"], stride: int, groups: int
 ) -> Float[Array, "B H2 W2 O"]:
-    """The same convolution: the input shifted by each kernel tap, stacked to patches, times the weights of each group.
+    """The same convolution: the input shifted by each kernel tap, side by side as patches, times the weights of each group.
 
-    Taps that would read nothing but padding (a 3x3 kernel on a 1x1 image has one real tap) are left out.
+    Taps that would read nothing but padding (a 3x3 kernel on a 1x1 image has one real tap) are left out. Groups come first
+    before there are patches: to reorder those would be to copy nine times as much.
     """
     batch, height, width, channels = x.shape
     outputs = w.shape[-1]
     rows, top, bottom = _taps(height, w.shape[0], stride)
     columns, left, right = _taps(width, w.shape[1], stride)
     out_h, out_w = -(-height // stride), -(-width // stride)
-    x = jnp.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
+    x = x.reshape(batch, height, width, groups, channels // groups).transpose(3, 0, 1, 2, 4)
+    x = jnp.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right), (0, 0)))
+    last_row, last_column = (out_h - 1) * stride + 1, (out_w - 1) * stride + 1
     shifted = [
-        x[:, row : row + (out_h - 1) * stride + 1 : stride, column : column + (out_w - 1) * stride + 1 : stride]
+        x[:, :, row : row + last_row : stride, column : column + last_column : stride]
         for _, row in rows
         for _, column in columns
     ]
-    w = jnp.stack([w[i, j] for i, _ in rows for j, _ in columns])  # [T, I/G, O]
-    patches = jnp.stack(shifted, axis=3).reshape(batch * out_h * out_w, len(shifted), groups, channels // groups)
-    patches = patches.transpose(2, 0, 1, 3).reshape(groups, batch * out_h * out_w, -1)
-    w = w.reshape(-1, groups, outputs // groups).transpose(1, 0, 2)
-    out = jax.lax.batch_matmul(patches, w)  # [G, B*H2*W2, O/G]
-    return out.transpose(1, 0, 2).reshape(batch, out_h, out_w, outputs)
+    patches = jnp.concatenate(shifted, -1).reshape(groups, batch * out_h * out_w, -1)
+    w = w[rows[0][0] : rows[-1][0] + 1, columns[0][0] : columns[-1][0] + 1]
+    w = w.reshape(-1, groups, outputs // groups).transpose(1, 0, 2)  # [G, T*I/G, O/G]
+    out = patches @ w  # [G, B*H2*W2, O/G]
+    return out.reshape(groups, batch, out_h, out_w, -1).transpose(1, 2, 3, 0, 4).reshape(batch, out_h, out_w, outputs)
 
 
 def _taps(size: int, kernel: int, stride: int) -> tuple[list[tuple[int, int]], int, int]:

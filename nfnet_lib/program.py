@@ -1,6 +1,8 @@
 """The compiled programs of a run, made ahead of time and shared by the runs of a learning-rate search."""
 
+import concurrent.futures
 import contextlib
+import contextvars
 import ctypes
 import functools
 import types
@@ -31,14 +33,33 @@ PROGRAM_PARAMETERS = (
 )  # fmt: skip
 
 
+class Program:
+    """A compiled function that may still be in the making: a call waits for it. Compiled one after another in a thread."""
+
+    _compiler = concurrent.futures.ThreadPoolExecutor(1, "compiler")
+
+    def __init__(self, function, *arguments):
+        self._made = self._compiler.submit(contextvars.copy_context().run, _compiled, function, *arguments)
+
+    def __call__(self, *arguments):
+        return self.wait()(*arguments)
+
+    def wait(self) -> jax.stages.Compiled:
+        """The compiled function, or what the compiler raised."""
+        return self._made.result()
+
+
 class Programs(NamedTuple):
-    """Compiled init(key), step(state, examples, schedule, key) and evaluation(params, examples), and where their arrays lie."""
+    """init(key), step(state, examples, schedule, key) and evaluation(params, examples), and where their arrays lie.
+
+    They are compiled in this order while the caller opens its data and, in the end, trains.
+    """
 
     mesh: Mesh
     state_shardings: Any
-    init: Any
-    step: Any
-    evaluation: Any
+    init: Program
+    step: Program
+    evaluation: Program
     eval_batch: int
 
     def keys(self, seed: int) -> tuple[Array, Array]:
@@ -112,13 +133,13 @@ def programs(values: tuple, settings: tuple, num_classes: int, labels: tuple[int
     step = jax.jit(step, donate_argnums=0, out_shardings=(placed, shared))
     evaluation = jax.jit(functools.partial(eval_step, model=model, loss=config.loss), out_shardings=shared)
     return Programs(
-        mesh, placed, _compiled(jax.jit(init, out_shardings=placed), key),
-        _compiled(step, state, batch(config.batch_size, config.resolution, labels[0]), schedule, key),
-        _compiled(evaluation, state.params, batch(eval_batch, config.eval_resolution, labels[1])), eval_batch,
+        mesh, placed, Program(jax.jit(init, out_shardings=placed), key),
+        Program(step, state, batch(config.batch_size, config.resolution, labels[0]), schedule, key),
+        Program(evaluation, state.params, batch(eval_batch, config.eval_resolution, labels[1])), eval_batch,
     )  # fmt: skip
 
 
-def _compiled(function, *arguments):
+def _compiled(function, *arguments) -> jax.stages.Compiled:
     """Compiled ahead of time. glibc keeps the gigabytes that the compiler frees (LOG.md): hand them back."""
     program = function.lower(*arguments).compile()
     with contextlib.suppress(OSError, AttributeError):  # another C library

@@ -6,6 +6,7 @@ one without resumes from its newest sound checkpoint, and ends with the numbers 
 
 import contextlib
 import fcntl
+import itertools
 import json
 import signal
 import sys
@@ -97,7 +98,6 @@ def _train(config, out_dir, train_source, heldout_source, sampler, initial, aske
     init_key, noise_key = program.keys(config.seed)
     schedule = program.schedule(config.peak_lr, config.warmup_steps, config.steps)
     state = program.init(init_key)
-    compile_seconds = time.perf_counter() - clock
     if initial is not None:
         params = transfer(initial, distributed.host_copy(state.params), keep_head=config.head == "keep")
         state = state._replace(params=params, ema=params if state.ema is not None else None)
@@ -134,9 +134,14 @@ def _train(config, out_dir, train_source, heldout_source, sampler, initial, aske
                 selection.consider(params, found, number, weights or "raw")
         return results
 
-    loop_clock = time.perf_counter()
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(batches))
+        ahead = on_device(batches, program.place_batch)
+        if begin < config.steps:
+            ahead = itertools.chain([next(ahead)], ahead)  # read while the step is compiled
+        program.step.wait()
+        loop_clock = time.perf_counter()
+        compile_seconds = loop_clock - clock
         writer = stack.enter_context(MetricsWriter(out_dir / "metrics.jsonl", last_step=begin)) if primary else None
         bar = stack.enter_context(_progress(config, begin, progress and primary))
 
@@ -155,7 +160,7 @@ def _train(config, out_dir, train_source, heldout_source, sampler, initial, aske
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update(config.batch_size)
 
-        pending, ahead = None, on_device(batches, program.place_batch)
+        pending = None
         for number in range(begin + 1, config.steps + 1):
             batch, examples = next(ahead)
             quarantine.add(batch.bad)

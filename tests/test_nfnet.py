@@ -17,10 +17,11 @@ from nfnet_lib.convolution import (
     average_pool,
     convolve,
     for_backend,
-    grouped_matmul_convolve,
+    patches_convolve,
     packed_padding,
     packed_weights,
     standardise_weight,
+    using,
 )
 from nfnet_lib.losses import softmax_cross_entropy
 from nfnet_lib.nfnet import GELU_SCALE, Stage, activation
@@ -145,9 +146,14 @@ def test_grouped_convolution_is_the_convolution(size, stride, groups, kernel):
             x, w, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups
         )
 
+    def in_form(form, x, w):
+        with using(form):
+            return convolve(x, w, stride, groups)
+
     for function in (
-        lambda x, w: grouped_matmul_convolve(x, w, stride, groups),
+        lambda x, w: patches_convolve(x, w, stride, groups),
         lambda x, w: convolve(x, w, stride, groups),
+        lambda x, w: in_form("lax", x, w),
     ):
         np.testing.assert_allclose(function(x, w), library(x, w), rtol=1e-4, atol=1e-4)
         ours = jax.grad(lambda x, w, f=function: jnp.sum(jnp.sin(f(x, w))), argnums=(0, 1))(x, w)
@@ -160,6 +166,26 @@ def test_standardised_weights_have_unit_fan_in():
     out = np.asarray(standardise_weight(w, jnp.full(6, 2.0))).reshape(-1, 6)
     np.testing.assert_allclose(out.mean(0), 0, atol=1e-6)
     np.testing.assert_allclose((out**2).sum(0), 4.0, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_standardisation_has_the_gradient_that_autodiff_finds(backend):
+    """Of the formula as it is written, also where the variance is at its floor; each block of a stack by itself."""
+    rng = np.random.default_rng(1)
+    w = jnp.asarray(rng.normal(0.3, 1, (3, 3, 3, 4, 6)), jnp.float32).at[1, ..., 2].mul(1e-5).at[2, ..., 0].set(0.5)
+    gain, slope = (jnp.asarray(rng.normal(1, 0.5, shape), jnp.float32) for shape in ((3, 6), w.shape))
+
+    def formula(w, gain):
+        mean, fan_in = w.mean((1, 2, 3), keepdims=True), w.shape[1] * w.shape[2] * w.shape[3]
+        variance = jnp.maximum(((w - mean) ** 2).mean((1, 2, 3), keepdims=True), 1e-4 / fan_in)
+        return (w - mean) / jnp.sqrt(variance * fan_in) * gain[:, None, None, None]
+
+    with for_backend(backend):
+        ours, pull = jax.vjp(standardise_weight, w, gain)
+        ours = (ours, *pull(slope))
+    theirs, pull = jax.vjp(formula, w, gain)
+    for own, other in zip(ours, (theirs, *pull(slope)), strict=True):
+        np.testing.assert_allclose(own, other, rtol=1e-4, atol=1e-4 * float(jnp.abs(other).max()))
 
 
 def test_average_pool_counts_only_pixels_that_exist():
