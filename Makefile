@@ -30,7 +30,7 @@ UV_CACHE_DIR := $(shell d="$${XDG_CACHE_HOME:-$${HOME:+$$HOME/.cache}}"; cache="
 endif
 export UV_CACHE_DIR
 
-.PHONY: help reproduce test lint lab bench constraints clean
+.PHONY: help reproduce test lint lab profile bench constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -46,6 +46,9 @@ lint: $(STAMP) ## check the code with ruff
 
 lab: $(STAMP) ## open JupyterLab on notebooks/, reachable from this machine only
 	$(BIN)/jupyter-lab --ip=127.0.0.1 $(ARGS) notebooks
+
+profile: $(STAMP) ## show where a training step's time goes (ARGS="F3-mini -p batch_size=32")
+	$(BIN)/nfnet profile $(or $(ARGS),F0-mini)
 
 bench: $(STAMP) ## run the benchmarks
 	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python "$$script" $(ARGS) || exit; done

@@ -93,26 +93,46 @@ def _predict(arguments: argparse.Namespace) -> int:
 
 
 def _finetune(arguments: argparse.Namespace) -> int:
-    import yaml
-
     from nfnet_lib.finetune import finetune_config
     from nfnet_lib.records import sentence
     from nfnet_lib.train import run
 
-    overrides = {}
-    for text in arguments.parameter:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigError(f"-p: {text!r} is not NAME=VALUE")
-        overrides[name] = yaml.safe_load(value)
     config = finetune_config(
         arguments.weights, arguments.data, recipe=arguments.recipe, epochs=arguments.epochs,
-        batch_size=arguments.batch_size, **overrides,
+        batch_size=arguments.batch_size, **_overrides(arguments.parameter),
     )  # fmt: skip
     out = arguments.out or PROJECT / "outputs" / "by_hand" / config.run_id
     print(sentence(run(config, out)))
     print(f"the run is in {out}; nfnet predict photo.jpg --weights {out}")
     return 0
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    from nfnet_lib.config import PretrainConfig
+    from nfnet_lib.profiling import profile_step
+
+    overrides = {"variant": arguments.variant} | _overrides(arguments.parameter)
+    config = PretrainConfig.from_params(overrides)
+    profile = profile_step(config, steps=arguments.steps, trace_dir=arguments.trace)
+    print(profile.sentence())
+    print("\nshare of the time, in percent")
+    print(profile.by_part().to_string(float_format="{:.1f}".format))
+    print("\nslowest operations")
+    print(profile.slowest().to_string(index=False, float_format="{:.2f}".format))
+    return 0
+
+
+def _overrides(texts: list[str]) -> dict:
+    """{NAME: value} of NAME=VALUE, values as YAML reads them."""
+    import yaml
+
+    overrides = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"-p: {text!r} is not NAME=VALUE")
+        overrides[name] = yaml.safe_load(value)
+    return overrides
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -271,6 +291,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--batch-size", type=int, help="views a step (default: the recipe's, or 32)")
     sub.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", help="any other parameter")
     sub.add_argument("--out", type=Path, help="run folder; default: outputs/by_hand/<run id>")
+    sub = command("profile", _profile, "Where the time of a training step goes on this machine, by part of the network.",
+                  "nfnet profile F0-mini -p batch_size=16 -p resolution=32")  # fmt: skip
+    sub.add_argument("variant", help="architecture, F0-mini for example")
+    sub.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", help="of pre-training")
+    sub.add_argument("--steps", type=int, default=5, help="to trace (default: 5)")
+    sub.add_argument("--trace", type=Path, help="folder in which to keep the trace, for TensorBoard or Perfetto")
     sub = command("evaluate", _evaluate, "Top-1, top-5, loss and calibration of weights on labelled sets.",
                   "nfnet evaluate F0_haiku.npz --data tfds:imagenet_v2@test tfds:imagenet_a --resolutions 256 320")  # fmt: skip
     sub.add_argument("weights", type=Path, help="as for nfnet predict")

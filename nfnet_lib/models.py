@@ -71,7 +71,8 @@ class Model:
 
     def standardised(self, params: Params) -> Params:
         """The parameters with convolutions' weights standardised, float32 (`convolution.standardised`); a ViT's as they are."""
-        return convolution.standardised(params) if self.variant.family == "NFNet" else params
+        with jax.named_scope("weights"):
+            return convolution.standardised(params) if self.variant.family == "NFNet" else params
 
     def narrowed(self, weights: Params) -> Params:
         """Standardised weights in the activations' type but for the head's: half the bytes to send to other devices."""

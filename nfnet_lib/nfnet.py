@@ -226,8 +226,10 @@ class Stage(nnx.Module):
         graphdef, state = nnx.split(self.rest)
         betas, masks = jnp.asarray(self.betas[1:], jnp.float32), None if drop_masks is None else drop_masks[1:]
         unroll = min(self.unroll, self.depth - 1)
-        if self.remat in PARTS and not signals:
-            parts = tuple(functools.partial(_run_part, graphdef, names) for names in PARTS[self.remat])
+        # On CPU keeping everything takes longer than computing activations again: an ordinary scan's stacks are slow (LOG.md).
+        remat = "convs" if self.remat == "none" and backend() == "cpu" else self.remat
+        if remat in PARTS and not signals:
+            parts = tuple(functools.partial(_run_part, graphdef, names) for names in PARTS[remat])
             return scan_recomputing(parts, unroll, state, x, (betas, masks)), None
         rest = rematerialised(lambda state, *inputs: nnx.merge(graphdef, state)(*inputs, signals), self.remat)
         scanned = (state, betas, masks)
@@ -314,7 +316,8 @@ class NFNet(nnx.Module):
         if random and key is None:
             raise ValueError("key: train=True with stochastic depth or dropout needs a jax.random.key")
         depth_key, drop_key = jax.random.split(key) if random else (None, None)
-        x = self.run_stem(images.astype(self.dtype))
+        with jax.named_scope("stem"):
+            x = self.run_stem(images.astype(self.dtype))
         masks = None
         stages = [getattr(self, f"stage{index}") for index in range(len(STAGE_STRIDES))]
         blocks = sum(stage.depth for stage in stages)
@@ -323,13 +326,16 @@ class NFNet(nnx.Module):
             masks = draws(depth_key, keep[:, None], (blocks, len(images)), 1, part)
             masks = masks.astype(self.dtype)[:, :, None, None, None]
         figures, start = [], 0
-        for stage in stages:
-            x, own = stage(x, None if masks is None else masks[start : start + stage.depth], signals)
+        for index, stage in enumerate(stages):
+            with jax.named_scope(f"stage{index}"):
+                x, own = stage(x, None if masks is None else masks[start : start + stage.depth], signals)
             figures.append(own)
             start += stage.depth
-        features = activation(self.final_conv(x)).astype(jnp.float32).mean((1, 2))
-        out = features
-        if random and self.drop_rate > 0:
-            mask = draws(drop_key, 1 - self.drop_rate, out.shape, 0, part)
-            out = jnp.where(mask, out / (1 - self.drop_rate), 0)
-        return self.head(out), {"features": features} | ({"signals": jnp.concatenate(figures)} if signals else {})
+        with jax.named_scope("head"):
+            features = activation(self.final_conv(x)).astype(jnp.float32).mean((1, 2))
+            out = features
+            if random and self.drop_rate > 0:
+                mask = draws(drop_key, 1 - self.drop_rate, out.shape, 0, part)
+                out = jnp.where(mask, out / (1 - self.drop_rate), 0)
+            logits = self.head(out)
+        return logits, {"features": features} | ({"signals": jnp.concatenate(figures)} if signals else {})

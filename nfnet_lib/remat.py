@@ -27,34 +27,35 @@ def scan_recomputing(parts: tuple, unroll: int, params, x: Float[Array, "B ..."]
     last is the next block's x. params, others: stacked on a leading axis; no gradient comes back for others. The same as a scan
     over checkpointed blocks, but what is kept is written where it is computed: a scan copies it into its stack (LOG.md).
     """
-    return _scan_forward(parts, unroll, params, x, others)[0]
+    def body(x, scanned):
+        return _outputs(parts, x, *scanned)[-1], None
+
+    return jax.lax.scan(body, x, (params, others), unroll=unroll)[0]
+
+
+def _outputs(parts: tuple, x, params, others) -> list:
+    """Of each part of a block."""
+    outputs = [None]
+    for part in parts:
+        outputs.append(part(params, x, outputs[-1], *others))
+    return outputs[1:]
 
 
 def _scan_forward(parts: tuple, unroll: int, params, x, others):
     count = len(jax.tree.leaves(params)[0])
 
-    def run(x, params, others) -> list:
-        outputs = [None]
-        for part in parts:
-            outputs.append(part(params, x, outputs[-1], *others))
-        return outputs[1:]
-
-    def write(stack, output, index):
-        return jax.lax.dynamic_update_index_in_dim(stack, output, index, 0)
-
     def body(carry, scanned):
         x, stacks = carry
         index, params, others = scanned
-        outputs = run(x, params, others)
+        outputs = _outputs(parts, x, params, others)
         places = [index] * (len(parts) - 1) + [index + 1]
-        return (outputs[-1], [write(*each) for each in zip(stacks, outputs, places, strict=True)]), None
+        return (outputs[-1], [_write(*each) for each in zip(stacks, outputs, places, strict=True)]), None
 
-    shapes = jax.eval_shape(run, x, *jax.tree.map(lambda leaf: leaf[0], (params, others)))
+    shapes = jax.eval_shape(functools.partial(_outputs, parts), x, *jax.tree.map(lambda leaf: leaf[0], (params, others)))
     lengths = [count] * (len(parts) - 1) + [count + 1]
-    stacks = [jax.lax.empty((n, *out.shape), out.dtype) for n, out in zip(lengths, shapes, strict=True)]
-    if axes := tuple(jax.typeof(x).manual_axis_type.varying):
-        stacks = [jax.lax.pcast(stack, axes, to="varying") for stack in stacks]
-    stacks[-1] = write(stacks[-1], x, 0)
+    stacks = [jax.ShapeDtypeStruct((n, *out.shape), out.dtype) for n, out in zip(lengths, shapes, strict=True)]
+    stacks = _empty_like(stacks, x)
+    stacks[-1] = _write(stacks[-1], x, 0)
     (y, stacks), _ = jax.lax.scan(body, (x, stacks), (jnp.arange(count), params, others), unroll=unroll)
     return y, (params, stacks, others)
 
@@ -62,7 +63,8 @@ def _scan_forward(parts: tuple, unroll: int, params, x, others):
 def _scan_backward(parts: tuple, unroll: int, residuals, gradient):
     params, stacks, others = residuals
 
-    def body(gradient, scanned):
+    def body(carry, scanned):
+        gradient, grads = carry
         index, params, others = scanned
         *inputs, x = (jax.lax.dynamic_index_in_dim(stack, index, keepdims=False) for stack in stacks)
         to_params, to_x = [], []
@@ -71,11 +73,25 @@ def _scan_backward(parts: tuple, unroll: int, residuals, gradient):
             own, direct, gradient = pull(gradient)
             to_params.append(own)
             to_x.append(direct)
-        return sum(to_x), jax.tree.map(lambda *own: sum(own), *to_params)
+        own = jax.tree.map(lambda *own: sum(own), *to_params)
+        return (sum(to_x), jax.tree.map(lambda stack, one: _write(stack, one, index), grads, own)), None
 
+    grads = _empty_like(params, gradient)
     scanned = (jnp.arange(len(stacks[-1]) - 1), params, others)
-    gradient, grads = jax.lax.scan(body, gradient, scanned, reverse=True, unroll=unroll)
+    (gradient, grads), _ = jax.lax.scan(body, (gradient, grads), scanned, reverse=True, unroll=unroll)
     return grads, gradient, jax.tree.map(jnp.zeros_like, others)
+
+
+def _write(stack: Array, one: Array, index: Array | int) -> Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, one, index, 0)
+
+
+def _empty_like(shapes, neighbour: Array):
+    """Arrays to be written whole, varying over the devices that `neighbour` does: a scan's own outputs start as zeros."""
+    stacks = jax.tree.map(lambda leaf: jax.lax.empty(leaf.shape, leaf.dtype), shapes)
+    if axes := tuple(jax.typeof(neighbour).manual_axis_type.varying):
+        stacks = jax.tree.map(lambda stack: jax.lax.pcast(stack, axes, to="varying"), stacks)
+    return stacks
 
 
 scan_recomputing.defvjp(_scan_forward, _scan_backward)

@@ -75,12 +75,14 @@ def train_step(
     axis_name = DATA if spread and (per_device or not sam) else None
 
     def loss_fn(weights, examples, key, part):
-        images = normalise(examples.images)
+        with jax.named_scope("input"):
+            images = normalise(examples.images)
         if sam:
             logits = model.apply(weights, images, train=True, key=key)
         else:
             logits = model.apply_standardised(weights, images, train=True, key=key, part=part)
-        each = example_loss(logits, examples, loss, label_smoothing)
+        with jax.named_scope("loss"):
+            each = example_loss(logits, examples, loss, label_smoothing)
         weight = jnp.sum(examples.weights)
         if axis_name is not None:  # a mean over all examples is the mean over devices of what each has of the sum
             weight = jax.lax.pmean(weight, axis_name)
@@ -110,9 +112,10 @@ def train_step(
     if pull is not None:
         (grads,) = pull(grads)
     lr = warmup_cosine(state.step, *schedule)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
-    ema = update_ema(state.ema, params, state.step, ema_decay) if state.ema is not None else None
+    with jax.named_scope("optimizer"):
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
+        ema = update_ema(state.ema, params, state.step, ema_decay) if state.ema is not None else None
     metrics = {"loss": value, "lr": lr, "grad_norm": optax.tree.norm(grads)}
     return TrainState(state.step + 1, params, opt_state, ema), metrics
 

@@ -151,9 +151,10 @@ class ViT(nnx.Module):
             return out, signal_figures(out, jnp.mean(jnp.var(out - x, axis=(0, 1)))) if signals else None
 
         block = rematerialised(block, self.remat)
-        x, figures = jax.lax.scan(
-            lambda x, scanned: block(scanned[0], x, scanned[1]), x, (state, masks), unroll=min(self.unroll, self.depth)
-        )
+        with jax.named_scope("blocks"):
+            x, figures = jax.lax.scan(
+                lambda x, scanned: block(scanned[0], x, scanned[1]), x, (state, masks), unroll=min(self.unroll, self.depth)
+            )
         x = self.norm(x)
         if self.pool_type == "map":
             x = self.pool(x)

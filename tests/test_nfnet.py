@@ -17,9 +17,9 @@ from nfnet_lib.convolution import (
     average_pool,
     convolve,
     for_backend,
-    patches_convolve,
     packed_padding,
     packed_weights,
+    patches_convolve,
     standardise_weight,
     using,
 )

@@ -71,7 +71,7 @@ def test_analysis_shows_figures_and_sentences(study):
             (study / "figures" / f"figure{number}.{suffix}").stat().st_size > 500 for suffix in ("svg", "png", "csv")
         )
     text = (study / "analysis" / "04_scaling_laws.ipynb").read_text()
-    assert text.count('"image/png"') == 2 and "Power law: loss" in text
+    assert text.count('"image/png"') == 3 and "Power law: loss" in text
 
 
 def test_the_report_is_whole_and_needs_no_network(study):

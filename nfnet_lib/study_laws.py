@@ -1,0 +1,132 @@
+"""What a study says about scaling beyond its frontier: the law of size and data, how far it carries, the paper's rules.
+
+`study_laws` chains `law_fits`, `law_checks` and `rules` over the cells of one study (`scaling.best_per_cell`).
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nfnet_lib import law_checks, rules
+from nfnet_lib.law_fits import LawFit, fit_law
+from nfnet_lib.scaling import CELL, _require
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FLOPS_PER_VIEW = 6.0  # training FLOPs a view for each multiply-accumulate of the forward pass: 2 FLOPs, and 3 passes
+_MEANS = {"alpha": "size", "beta": "views"}
+
+
+@dataclass(frozen=True)
+class StudyLaws:
+    """cells: those fitted, with predicted (loss by the surface) and outlier (bool), cheapest first.
+
+    surface: L(N, D) of forward multiply-accumulates and views seen. extrapolation: `law_checks.extrapolation_error`.
+    growth, repeats: `rules.growth` and `rules.repeats_from`, None where the frontier is too short; `notes` then says why.
+    trials: `rules.two_trials`.
+    """
+
+    cells: "pd.DataFrame"
+    surface: LawFit
+    extrapolation: "pd.DataFrame"
+    growth: rules.Growth | None
+    repeats: tuple[float, float] | None
+    trials: "pd.DataFrame"
+    compute: str
+    loss: str
+    notes: tuple[str, ...] = ()
+
+    def predict(self, macs, views) -> "pd.DataFrame":
+        """Loss of runs not made, with its 90 % interval: the law's own, and for one run with the scatter of runs about it.
+
+        Columns: forward_macs, views, train_flops, loss, low, high, run_low, run_high.
+        """
+        import pandas as pd
+
+        macs, views = np.broadcast_arrays(np.asarray(macs, float), np.asarray(views, float))
+        low, high = self.surface.predict_interval(size=macs, data=views)
+        scatter = np.quantile(self.surface.residuals, [0.05, 0.95])
+        return pd.DataFrame({
+            "forward_macs": np.ravel(macs), "views": np.ravel(views), "train_flops": np.ravel(FLOPS_PER_VIEW * macs * views),
+            "loss": np.ravel(self.surface.predict(size=macs, data=views)), "low": np.ravel(low), "high": np.ravel(high),
+            "run_low": np.ravel(low * np.exp(-scatter[1])), "run_high": np.ravel(high * np.exp(-scatter[0])),
+        })  # fmt: skip
+
+    def worth_running(self, macs: float, views: float) -> "pd.DataFrame":
+        """By how much each pairing of the study's sizes with its numbers of views, or twice the most, would narrow the loss
+        predicted at (macs, views); most first. Columns: forward_macs, views, train_flops, gain (share of variance)."""
+        import pandas as pd
+
+        sizes = np.unique(self.cells["forward_macs"].to_numpy(float))
+        amounts = np.unique(self.cells["images_seen"].to_numpy(float))
+        grid = np.meshgrid(sizes, np.append(amounts, 2 * amounts.max()), indexing="ij")
+        size, data = (axis.ravel() for axis in grid)
+        gain = law_checks.next_cell(self.surface, {"size": size, "data": data}, {"size": macs, "data": views})
+        table = pd.DataFrame({"forward_macs": size, "views": data, "train_flops": FLOPS_PER_VIEW * size * data, "gain": gain})
+        return table.sort_values("gain", ascending=False, ignore_index=True)
+
+    def sentences(self) -> list[str]:
+        """The findings in words, every number of them taken from this result."""
+        loose = [name for name in ("alpha", "beta") if name in self.surface.weak()]
+        if loose:
+            names = " and ".join(_MEANS[name] for name in loose)
+            grown = f"These runs do not tell how the loss falls with {names} by itself: no best size is read off this law."
+        else:
+            grown = "By this law the best size grows as compute^{:.2f} ({:.2f} to {:.2f}), and views as".format(
+                *law_checks.growth_exponents(self.surface)["size"]
+            )
+            grown += " compute^{:.2f} ({:.2f} to {:.2f}).".format(*law_checks.growth_exponents(self.surface)["data"])
+        far = self.extrapolation.iloc[min(len(self.extrapolation), max(1, len(self.cells) // 4)) - 1]
+        result = [
+            f"Law of size and data over all {len(self.cells)} cells, L = A N^-alpha + B D^-beta + E (N: multiply-accumulates of"
+            f" a forward pass, D: views): {self.surface.sentence()}",
+            grown,
+            f"Fitted without the {far['held_out']:.0f} most expensive cells, it is {abs(far['error_percent']):.1f} % "
+            f"{'above' if far['error_percent'] > 0 else 'below'} the loss of the most expensive run, {far['reach']:.1f} times"
+            " beyond what it was fitted to.",
+        ]
+        if self.growth:
+            result.append(f"Along the frontier {self.growth.sentence()}")
+        if self.repeats:
+            once, more = self.repeats
+            result.append(f"More than one epoch is best from {more:.3g} training FLOPs on"
+                          f"{f' (not yet at {once:.3g})' if once else ', the cheapest on the frontier'}.")  # fmt: skip
+        if len(tried := self.trials.dropna(subset="excess")):
+            result.append(
+                f"Two trials, proposed from cheaper cells, hold the best learning rate in {int(self.trials['found'].sum())} of"
+                f" {len(self.trials)} cells; the loss is at most {100 * tried['excess'].max():.1f} % above the best."
+            )
+        strange = self.cells[self.cells["outlier"]]
+        if len(strange):
+            names = ", ".join(f"{row.variant} at {row.epoch_budget:g} epochs" for row in strange.itertuples())
+            result.append(f"The law of the others does not explain: {names}.")
+        return result + list(self.notes)
+
+
+def study_laws(
+    cells: "pd.DataFrame", runs: "pd.DataFrame", compute: str = "train_flops", loss: str = "heldout_loss", *,
+    resamples: int = 500, seed: int = 0,
+) -> StudyLaws:  # fmt: skip
+    """The laws of a study. cells: of `scaling.best_per_cell`; runs: the records they come from, for the two-trial rule.
+
+    ValueError for missing columns or fewer than 7 cells with a finite loss.
+    """
+    _require(cells, [*CELL, compute, loss, "forward_macs", "images_seen"], "cells")
+    cells = cells[np.isfinite(cells[loss])].sort_values([compute, loss], kind="stable", ignore_index=True)
+    size, data = (cells[name].to_numpy(float) for name in ("forward_macs", "images_seen"))
+    points = {"size": size, "data": data, "loss": cells[loss].to_numpy(float), "compute": cells[compute].to_numpy(float)}
+    surface = fit_law(
+        "surface", points["loss"], cells["variant"].to_numpy(), size=size, data=data, resamples=resamples, seed=seed
+    )
+    notes, growth = [], None
+    try:
+        growth = rules.growth(cells, compute, loss, resamples=resamples, seed=seed)
+    except ValueError as error:
+        notes.append(f"No rate of growth along the frontier: {error}.")
+    return StudyLaws(
+        cells.assign(predicted=surface.predict(size=size, data=data), outlier=law_checks.outliers("surface", points)),
+        surface, law_checks.extrapolation_error("surface", points), growth, rules.repeats_from(cells, compute, loss),
+        rules.two_trials(runs, loss), compute, loss, tuple(notes),
+    )  # fmt: skip

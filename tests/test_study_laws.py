@@ -1,0 +1,87 @@
+"""A study's laws as tables and sentences: planted where they are known, and honest where the runs say little."""
+
+import matplotlib.figure
+import numpy as np
+import pandas as pd
+import pytest
+
+from nfnet_lib import PROJECT, law_plots, scaling, study_laws
+
+SIZES = {"F0-mini": 2.4e6, "F1-mini": 9e6, "F3-mini": 3.6e7, "F7-mini": 1.4e8}
+TRUTH = {"A": 800.0, "B": 5000.0, "E": 0.9, "alpha": 0.45, "beta": 0.55}
+
+
+def planted(noise=0.002, seed=0, wrong=()):
+    """Runs of a law of size and data, three rates a cell; `wrong` cells (variant, epochs) come out 5 % too high."""
+    generator, rows = np.random.default_rng(seed), []
+    for variant, macs in SIZES.items():
+        for epochs in (0.25, 0.5, 1, 2, 4, 8):
+            views = 100_000 * epochs
+            loss = TRUTH["A"] * macs ** -TRUTH["alpha"] + TRUTH["B"] * views ** -TRUTH["beta"] + TRUTH["E"]
+            loss *= np.exp(noise * generator.standard_normal()) * (1.05 if (variant, epochs) in wrong else 1)
+            rows += [
+                {"kind": "pretrain", "variant": variant, "epoch_budget": epochs, "peak_lr": 0.4 * factor, "forward_macs": macs,
+                 "images_seen": views, "train_flops": 6 * macs * views, "heldout_loss": loss * (1 + 0.02 * (factor != 1))}
+                for factor in (0.5, 1, 2)
+            ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture(scope="module")
+def laws():
+    runs = planted()
+    return study_laws.study_laws(scaling.best_per_cell(runs), runs, resamples=200)
+
+
+def test_the_planted_law_comes_back(laws):
+    for name in ("alpha", "beta", "E"):
+        low, high = laws.surface.interval(name)
+        assert low - 0.02 < TRUTH[name] < high + 0.02
+    assert not laws.cells["outlier"].any() and not {"alpha", "beta"} & set(laws.surface.weak())
+    assert (np.abs(np.log(laws.cells["predicted"] / laws.cells["heldout_loss"])) < 0.01).all()
+
+
+def test_a_run_not_made_is_predicted_with_its_interval(laws):
+    made = laws.predict(macs=[1.4e8, 5.6e8], views=[1.6e6, 1.6e6])
+    truth = TRUTH["A"] * made["forward_macs"] ** -TRUTH["alpha"] + TRUTH["B"] * made["views"] ** -TRUTH["beta"] + TRUTH["E"]
+    np.testing.assert_allclose(made["loss"], truth, rtol=0.01)
+    assert (made["run_low"] < made["low"]).all() and (made["low"] < made["loss"]).all()
+    assert (made["loss"] < made["high"]).all() and (made["high"] < made["run_high"]).all()
+    np.testing.assert_allclose(made["train_flops"], 6 * made["forward_macs"] * made["views"])
+
+
+def test_what_is_worth_running_is_near_what_is_asked(laws):
+    table = laws.worth_running(5.6e8, 1.6e6)
+    assert table["gain"].between(0, 1).all() and table["gain"].is_monotonic_decreasing
+    assert table["forward_macs"].iloc[0] >= 3.6e7
+
+
+def test_sentences_change_with_the_runs():
+    runs = planted(wrong=[("F7-mini", 8), ("F3-mini", 4)])
+    strange = study_laws.study_laws(scaling.best_per_cell(runs), runs, resamples=100)
+    text = " ".join(strange.sentences())
+    assert "does not explain: F3-mini at 4 epochs, F7-mini at 8 epochs." in text
+    alpha = strange.surface.parameters["alpha"]
+    assert f"alpha = {alpha:.4g}" in text and "By this law the best size grows as compute^" in text
+    other = planted(seed=5)
+    other = study_laws.study_laws(scaling.best_per_cell(other), other, resamples=100)
+    assert " ".join(other.sentences()) != text and f"alpha = {other.surface.parameters['alpha']:.4g}" in " ".join(
+        other.sentences()
+    )
+
+
+def test_runs_that_say_nothing_of_size_are_said_to():
+    """The published laptop study: its losses hardly depend on size at equal epochs."""
+    runs = pd.read_csv(PROJECT / "outputs" / "published" / "results.csv")
+    laws = study_laws.study_laws(scaling.best_per_cell(runs), runs, resamples=100)
+    text = " ".join(laws.sentences())
+    assert "alpha" in laws.surface.weak() and "These runs do not tell how the loss falls with size" in text
+    assert np.isfinite(laws.cells["predicted"]).all() and np.isfinite(laws.extrapolation.to_numpy(float)).all()
+    assert isinstance(law_plots.size_and_data(laws), matplotlib.figure.Figure)
+
+
+def test_too_few_cells_are_named():
+    runs = planted()
+    few = scaling.best_per_cell(runs[runs["variant"] == "F0-mini"])
+    with pytest.raises(ValueError, match="points: 5; the surface law needs 6"):
+        study_laws.study_laws(few.head(5), runs)
