@@ -16,7 +16,7 @@ Intervals come from a pairs bootstrap: points are drawn with replacement within 
 are widened about the fit for its own degrees of freedom and those of the groups.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -341,17 +341,3 @@ def _natural_loss(form: Form, values: np.ndarray, inputs: Mapping) -> np.ndarray
         moved = arrays[name] + (column(shift) if shift else 0.0)
         total = total + column(coefficient) * moved ** -column(exponent)
     return np.asarray(total)
-
-
-def coverage(
-    make: Callable[[np.random.Generator], dict], truth: Mapping[str, float], repeats: int = 200, seed: int = 0,
-    **options,
-) -> dict[str, float]:  # fmt: skip
-    """Share of repeats in which each parameter's 90 % interval holds the truth; make(generator): arguments of `fit_law`."""
-    generator, hits = np.random.default_rng(seed), dict.fromkeys(truth, 0)
-    for repeat in range(repeats):
-        fit = fit_law(**make(generator), seed=repeat, **options)
-        for name, value in truth.items():
-            low, high = fit.interval(name)
-            hits[name] += low <= value <= high
-    return {name: count / repeats for name, count in hits.items()}

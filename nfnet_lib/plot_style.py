@@ -150,17 +150,23 @@ def plain_ticks(axis, most: int = 6) -> None:
     axis.set_minor_locator(ticker.NullLocator())
 
 
-def save_figure(fig: Figure, path_stem: str | os.PathLike, table: "pd.DataFrame | None" = None) -> list[Path]:
-    """Write `path_stem`.svg and .png, and .csv of the table drawn where given; returns the paths.
+def save_figure(
+    fig: Figure, path_stem: str | os.PathLike, table: "pd.DataFrame | None" = None, caption: str = ""
+) -> list[Path]:
+    """Write `path_stem`.svg and .png, .csv of the table drawn and .txt of the caption where given; returns the paths.
 
-    Equal figures give equal bytes: no dates, and fixed identifiers in the SVG.
+    The caption is in the pictures' metadata as well. Equal figures give equal bytes: no dates, fixed identifiers in the SVG.
     """
     stem = Path(path_stem)
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_name(stem.name + ending) for ending in (".svg", ".png")]
     with mpl.rc_context({"svg.hashsalt": "nfnet_lib", "svg.fonttype": "path"}):
-        fig.savefig(paths[0], metadata={"Date": None, "Creator": None})
-        fig.savefig(paths[1], dpi=150, metadata={"Software": None})
+        described = {"Description": caption} if caption else {}
+        fig.savefig(paths[0], metadata={"Date": None, "Creator": None} | described)
+        fig.savefig(paths[1], dpi=150, metadata={"Software": None} | described)
+    if caption:
+        paths.append(stem.with_name(stem.name + ".txt"))
+        paths[-1].write_text(caption + "\n", encoding="utf-8")
     if table is not None:
         from nfnet_lib.records import results_csv
 

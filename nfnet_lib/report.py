@@ -329,10 +329,13 @@ def _front_page(study_dir: Path, source: Path, pages: list[str]) -> str:
         lines += [f"- {text}" for text in answer(collect(study_dir))]
     except ValueError as error:  # too few runs for a fit: the pages say what there is
         lines += [f"There is no answer yet: {error}"]
-    for name, caption in FIGURES.items():
-        if (study_dir / "figures" / f"{name}.png").exists():
-            shutil.copy(study_dir / "figures" / f"{name}.png", source / f"{name}.png")
-            lines += ["", f"## {caption}", "", f"![{caption}]({name}.png)"]
+    for name, title in FIGURES.items():
+        picture = study_dir / "figures" / f"{name}.png"
+        if picture.exists():
+            shutil.copy(picture, source / picture.name)
+            lines += ["", f"## {title}", "", f"![{title}]({name}.png)"]
+            if picture.with_suffix(".txt").exists():
+                lines += ["", picture.with_suffix(".txt").read_text(encoding="utf-8").strip()]
     return "\n".join([*lines, "", "```{toctree}", ":hidden:", "", *pages, "runs", "```", ""])
 
 

@@ -1,0 +1,71 @@
+"""Captions of the figures, every number of them from the table that the figure draws."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nfnet_lib.scaling import _UNITS, FrontierResult, variant_order
+from nfnet_lib.study_laws import StudyLaws
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def figure1(finetuned: "pd.DataFrame") -> str:
+    """Of `plots.figure1`: the table of `scaling.finetune_table`."""
+    if finetuned.empty:
+        return "No run has been fine-tuned."
+    best = finetuned.loc[finetuned["top1_error_percent"].idxmin()]
+    names, repeated = variant_order(finetuned["variant"]), int(finetuned["repeated_augmentation"].sum())
+    return (
+        f"Top-1 error after fine-tuning against pre-training compute: {len(finetuned)} runs of {', '.join(names)}, {repeated}"
+        f" of them with repeated augmentation (filled). Lowest: {best['top1_error_percent']:.3g} %, {best['variant']}"
+        f" pre-trained for {best['epoch_budget']:g} epochs, {'with' if best['repeated_augmentation'] else 'without'} it."
+    )
+
+
+def figure2(result: FrontierResult) -> str:
+    """Of `plots.figure2`."""
+    cells, points, law = result.cells, result.points, result.law
+    between = ""
+    if result.interval:
+        between = f" (90 % interval {result.interval.low:.3f} to {result.interval.high:.3f})"
+    return (
+        f"Held-out loss against compute: {len(cells)} cells of {len(set(cells['variant']))} variants, each at its best learning"
+        f" rate, and the {len(points)} that no cheaper one beats (grey band). Dashed: power law through these over"
+        f" {result.decades:.2f} decades of {_UNITS.get(result.compute, result.compute)}, exponent {law.exponent:.3f}{between},"
+        f" R^2 {law.r_squared:.3f} on log-log axes."
+    )
+
+
+def figure3(cells: "pd.DataFrame") -> str:
+    """Of `plots.figure3`: the table of `scaling.best_per_cell`."""
+    cells = cells[np.isfinite(cells["best_lr"])]
+    inside = int(cells["lr_is_interior"].sum())
+    shortest, longest = (cells[cells["epoch_budget"] == end(cells["epoch_budget"])] for end in (min, max))
+    return (
+        f"Best learning rate of each cell against epochs: {_range(shortest['best_lr'])} at"
+        f" {shortest['epoch_budget'].iloc[0]:g} epochs, {_range(longest['best_lr'])} at {longest['epoch_budget'].iloc[0]:g}."
+        f" {inside} of {len(cells)} have a worse rate tried on either side; hollow marks lie at the edge of what was tried."
+    )
+
+
+def size_and_data(laws: StudyLaws) -> str:
+    """Of `law_plots.size_and_data`."""
+    strange = int(laws.cells["outlier"].sum())
+    return (
+        f"Held-out loss against training views: {len(laws.cells)} cells and the law of size and data with its 90 % interval,"
+        f" dashed beyond the runs; alpha {_of(laws, 'alpha')}, beta {_of(laws, 'beta')}, floor {_of(laws, 'E')};"
+        f" R^2 {laws.surface.r_squared:.3f}. {strange or 'No'} {'cell is' if strange <= 1 else 'cells are'} left unexplained"
+        " by the law of the others."
+    )
+
+
+def _of(laws: StudyLaws, name: str) -> str:
+    text = "{:.3g} ({:.3g} to {:.3g}".format(laws.surface.parameters[name], *laws.surface.interval(name))
+    return text + (", weakly identified)" if name in laws.surface.weak() else ")")
+
+
+def _range(values) -> str:
+    low, high = values.min(), values.max()
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"

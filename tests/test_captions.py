@@ -1,0 +1,55 @@
+"""Captions say what their tables hold, and change with them."""
+
+import pandas as pd
+import pytest
+import synthetic
+
+from nfnet_lib import captions, plots, scaling, study_laws
+
+
+@pytest.fixture(scope="module")
+def runs():
+    pretrained = synthetic.pretrain_summaries(noise=0.002)
+    return synthetic.table([*pretrained, *synthetic.finetune_summaries(pretrained[-4:])])
+
+
+def test_figure_2_states_cells_exponent_and_decades(runs):
+    result = scaling.frontier_analysis(runs, resamples=200)
+    text = captions.figure2(result)
+    assert f"{len(result.cells)} cells of 5 variants" in text and f"the {len(result.points)} that no cheaper" in text
+    assert f"exponent {result.law.exponent:.3f} (90 % interval {result.interval.low:.3f}" in text
+    half = scaling.frontier_analysis(runs[runs["variant"].isin(["F0-mini", "F1-mini"])], resamples=200)
+    assert "10 cells of 2 variants" in captions.figure2(half)
+
+
+def test_figure_3_counts_edges_and_names_the_range(runs):
+    cells = scaling.best_per_cell(runs)
+    text = captions.figure3(cells)
+    assert f"{int(cells['lr_is_interior'].sum())} of {len(cells)} have a worse rate" in text
+    ends = cells[cells["epoch_budget"] == 0.25]["best_lr"]
+    assert f"{ends.min():g} to {ends.max():g} at 0.25 epochs" in text
+
+
+def test_figure_1_names_the_lowest_error(runs):
+    table = scaling.finetune_table(runs)
+    best = table.loc[table["top1_error_percent"].idxmin()]
+    text = captions.figure1(table)
+    assert f"{len(table)} runs" in text and f"Lowest: {best['top1_error_percent']:.3g} %, {best['variant']}" in text
+    assert captions.figure1(table.iloc[:0]) == "No run has been fine-tuned."
+
+
+def test_the_law_is_captioned_with_what_is_weak(runs):
+    laws = study_laws.study_laws(scaling.best_per_cell(runs), runs, resamples=100)
+    text = captions.size_and_data(laws)
+    assert text.count("weakly identified") == len({"alpha", "beta", "E"} & set(laws.surface.weak()))
+    assert f"alpha {laws.surface.parameters['alpha']:.3g}" in text
+
+
+def test_a_caption_is_saved_beside_its_figure_and_in_it(tmp_path, runs):
+    result = scaling.frontier_analysis(runs, resamples=100)
+    text = captions.figure2(result)
+    paths = plots.save_figure(plots.figure2(result), tmp_path / "figure2", table=result.cells, caption=text)
+    assert [path.suffix for path in paths] == [".svg", ".png", ".txt", ".csv"]
+    assert (tmp_path / "figure2.txt").read_text() == text + "\n"
+    assert text.split(":")[0] in (tmp_path / "figure2.svg").read_text()
+    assert len(pd.read_csv(tmp_path / "figure2.csv")) == len(result.cells)
