@@ -244,7 +244,7 @@ def _grid_starts(form: Form, inputs: Mapping[str, np.ndarray], loss: np.ndarray,
     """The best few of a grid of exponents and shifts, with the coefficients that variable projection finds for each."""
     from scipy.optimize import nnls
 
-    shifts = [np.geomspace(1e-3, 10, 9) * inputs[name].min() if shift else [0.0] for _, name, _, shift in form.powers]
+    shifts = [np.geomspace(1e-3, 1e3, 13) * inputs[name].min() if shift else [0.0] for _, name, _, shift in form.powers]
     axes = [axis for pair in zip([_EXPONENTS] * len(form.powers), shifts, strict=True) for axis in pair]
     tiny, found = 1e-6 * loss.min(), []
     for point in np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(axes)):

@@ -3,7 +3,8 @@
 The paper (arXiv 2310.16764, Figures 2 and 3) tunes the learning rate for each (variant, epoch budget) cell, plots the
 held-out loss of each cell's best run against compute, and observes a line on log-log axes along the lower edge. The
 steps here are the same, each a function of a table: runs -> `best_per_cell` -> `frontier` -> `fit_power_law` (these
-two in `power_law`, importable from here); `frontier_analysis` chains them.
+two in `power_law`, importable from here); `frontier_analysis` chains them. Laws of size and data, with an interval for every
+parameter, are in `law_fits`; `study_laws` fits them to a study.
 
 Each run must have a schedule of its own length (a cosine cut short is no run of a smaller budget), and each optimum
 must be interior to its learning-rate grid, or the frontier bends for a reason that is not scale: `lr_is_interior`
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nfnet_lib.law_fits import LawFit, fit_law
 from nfnet_lib.power_law import (
     ExponentInterval,
     PowerLaw,
@@ -32,12 +34,14 @@ if TYPE_CHECKING:
 __all__ = [
     "ExponentInterval",
     "FrontierResult",
+    "LawFit",
     "PowerLaw",
     "best_lr_trend",
     "best_per_cell",
     "best_variant_ranges",
     "bootstrap_exponent",
     "finetune_table",
+    "fit_law",
     "fit_power_law",
     "fit_power_law_with_floor",
     "frontier",
