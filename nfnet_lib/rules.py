@@ -163,4 +163,5 @@ def two_trials(runs: "pd.DataFrame", loss: str = "heldout_loss", size_column: st
         rows.append({"variant": cell["variant"], "epoch_budget": cell["epoch_budget"], "best_lr": cell["best_lr"],
                      "proposed": proposed, "tried": tuple(losses.index), "found": cell["best_lr"] in proposed,
                      "excess": losses.min() / cell[loss] - 1 if len(losses) else np.nan})  # fmt: skip
-    return pd.DataFrame(rows)
+    columns = ["variant", "epoch_budget", "best_lr", "proposed", "tried", "found", "excess"]
+    return pd.DataFrame(rows, columns=columns)

@@ -15,6 +15,7 @@ from nfnet_lib.scaling import CELL, _require
 if TYPE_CHECKING:
     import pandas as pd
 
+FEWEST_CELLS = 7  # for the law of size and data: its 5 parameters, one more, and one to leave out
 FLOPS_PER_VIEW = 6.0  # training FLOPs a view for each multiply-accumulate of the forward pass: 2 FLOPs, and 3 passes
 _MEANS = {"alpha": "size", "beta": "views"}
 
@@ -23,13 +24,14 @@ _MEANS = {"alpha": "size", "beta": "views"}
 class StudyLaws:
     """cells: those fitted, with predicted (loss by the surface) and outlier (bool), cheapest first.
 
-    surface: L(N, D) of forward multiply-accumulates and views seen. extrapolation: `law_checks.extrapolation_error`.
+    surface: L(N, D) of forward multiply-accumulates and views seen, None below FEWEST_CELLS: then extrapolation is empty and
+    cells lack those columns, and nothing can be predicted (ValueError). extrapolation: `law_checks.extrapolation_error`.
     growth, repeats: `rules.growth` and `rules.repeats_from`, None where the frontier is too short; `notes` then says why.
     trials: `rules.two_trials`.
     """
 
     cells: "pd.DataFrame"
-    surface: LawFit
+    surface: LawFit | None
     extrapolation: "pd.DataFrame"
     growth: rules.Growth | None
     repeats: tuple[float, float] | None
@@ -45,6 +47,7 @@ class StudyLaws:
         """
         import pandas as pd
 
+        self._need_surface()
         macs, views = np.broadcast_arrays(np.asarray(macs, float), np.asarray(views, float))
         low, high = self.surface.predict_interval(size=macs, data=views)
         scatter = np.quantile(self.surface.residuals, [0.05, 0.95])
@@ -59,6 +62,7 @@ class StudyLaws:
         predicted at (macs, views); most first. Columns: forward_macs, views, train_flops, gain (share of variance)."""
         import pandas as pd
 
+        self._need_surface()
         sizes = np.unique(self.cells["forward_macs"].to_numpy(float))
         amounts = np.unique(self.cells["images_seen"].to_numpy(float))
         grid = np.meshgrid(sizes, np.append(amounts, 2 * amounts.max()), indexing="ij")
@@ -67,8 +71,27 @@ class StudyLaws:
         table = pd.DataFrame({"forward_macs": size, "views": data, "train_flops": FLOPS_PER_VIEW * size * data, "gain": gain})
         return table.sort_values("gain", ascending=False, ignore_index=True)
 
+    def _need_surface(self) -> None:
+        if self.surface is None:
+            raise ValueError(f"cells: {len(self.cells)}; a prediction needs the law of size and data, and that {FEWEST_CELLS}")
+
     def sentences(self) -> list[str]:
         """The findings in words, every number of them taken from this result."""
+        result = self._of_surface() if self.surface else []
+        if self.growth:
+            result.append(f"Along the frontier {self.growth.sentence()}")
+        if self.repeats:
+            once, more = self.repeats
+            result.append(f"More than one epoch is best from {more:.3g} training FLOPs on"
+                          f"{f' (not yet at {once:.3g})' if once else ', the cheapest on the frontier'}.")  # fmt: skip
+        if len(tried := self.trials.dropna(subset="excess")):
+            result.append(
+                f"Two trials, proposed from cheaper cells, hold the best learning rate in {int(self.trials['found'].sum())} of"
+                f" {len(self.trials)} cells; the loss is at most {100 * tried['excess'].max():.1f} % above the best."
+            )
+        return result + list(self.notes)
+
+    def _of_surface(self) -> list[str]:
         loose = [name for name in ("alpha", "beta") if name in self.surface.weak()]
         if loose:
             names = " and ".join(_MEANS[name] for name in loose)
@@ -87,22 +110,11 @@ class StudyLaws:
             f"{'above' if far['error_percent'] > 0 else 'below'} the loss of the most expensive run, {far['reach']:.1f} times"
             " beyond what it was fitted to.",
         ]
-        if self.growth:
-            result.append(f"Along the frontier {self.growth.sentence()}")
-        if self.repeats:
-            once, more = self.repeats
-            result.append(f"More than one epoch is best from {more:.3g} training FLOPs on"
-                          f"{f' (not yet at {once:.3g})' if once else ', the cheapest on the frontier'}.")  # fmt: skip
-        if len(tried := self.trials.dropna(subset="excess")):
-            result.append(
-                f"Two trials, proposed from cheaper cells, hold the best learning rate in {int(self.trials['found'].sum())} of"
-                f" {len(self.trials)} cells; the loss is at most {100 * tried['excess'].max():.1f} % above the best."
-            )
         strange = self.cells[self.cells["outlier"]]
         if len(strange):
             names = ", ".join(f"{row.variant} at {row.epoch_budget:g} epochs" for row in strange.itertuples())
             result.append(f"The law of the others does not explain: {names}.")
-        return result + list(self.notes)
+        return result
 
 
 def study_laws(
@@ -111,22 +123,26 @@ def study_laws(
 ) -> StudyLaws:  # fmt: skip
     """The laws of a study. cells: of `scaling.best_per_cell`; runs: the records they come from, for the two-trial rule.
 
-    ValueError for missing columns or fewer than 7 cells with a finite loss.
+    ValueError for missing columns. What there are too few cells for is left out, with a note.
     """
+    import pandas as pd
+
     _require(cells, [*CELL, compute, loss, "forward_macs", "images_seen"], "cells")
     cells = cells[np.isfinite(cells[loss])].sort_values([compute, loss], kind="stable", ignore_index=True)
     size, data = (cells[name].to_numpy(float) for name in ("forward_macs", "images_seen"))
     points = {"size": size, "data": data, "loss": cells[loss].to_numpy(float), "compute": cells[compute].to_numpy(float)}
-    surface = fit_law(
-        "surface", points["loss"], cells["variant"].to_numpy(), size=size, data=data, resamples=resamples, seed=seed
-    )
-    notes, growth = [], None
+    notes, growth, surface, extrapolation = [], None, None, pd.DataFrame()
+    if len(cells) < FEWEST_CELLS:
+        notes.append(f"No law of size and data: {len(cells)} cells, and it needs {FEWEST_CELLS}.")
+    else:
+        groups = cells["variant"].to_numpy()
+        surface = fit_law("surface", points["loss"], groups, size=size, data=data, resamples=resamples, seed=seed)
+        extrapolation = law_checks.extrapolation_error("surface", points)
+        predicted, outlier = surface.predict(size=size, data=data), law_checks.outliers("surface", points)
+        cells = cells.assign(predicted=predicted, outlier=outlier)
     try:
         growth = rules.growth(cells, compute, loss, resamples=resamples, seed=seed)
     except ValueError as error:
         notes.append(f"No rate of growth along the frontier: {error}.")
-    return StudyLaws(
-        cells.assign(predicted=surface.predict(size=size, data=data), outlier=law_checks.outliers("surface", points)),
-        surface, law_checks.extrapolation_error("surface", points), growth, rules.repeats_from(cells, compute, loss),
-        rules.two_trials(runs, loss), compute, loss, tuple(notes),
-    )  # fmt: skip
+    repeats, trials = rules.repeats_from(cells, compute, loss), rules.two_trials(runs, loss)
+    return StudyLaws(cells, surface, extrapolation, growth, repeats, trials, compute, loss, tuple(notes))

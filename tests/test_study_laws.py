@@ -80,8 +80,15 @@ def test_runs_that_say_nothing_of_size_are_said_to():
     assert isinstance(law_plots.size_and_data(laws), matplotlib.figure.Figure)
 
 
-def test_too_few_cells_are_named():
+@pytest.mark.parametrize("cells", [1, 2, 6, 7])
+def test_few_cells_leave_out_what_they_do_not_allow(cells):
     runs = planted()
-    few = scaling.best_per_cell(runs[runs["variant"] == "F0-mini"])
-    with pytest.raises(ValueError, match="points: 5; the surface law needs 6"):
-        study_laws.study_laws(few.head(5), runs)
+    some = scaling.best_per_cell(runs).head(cells)
+    own = runs[runs.set_index(["variant", "epoch_budget"]).index.isin(some.set_index(["variant", "epoch_budget"]).index)]
+    laws = study_laws.study_laws(some, own, resamples=50)
+    text = " ".join(laws.sentences())
+    assert (laws.surface is None) == (cells < 7) == (f"No law of size and data: {cells} cells" in text)
+    assert len(laws.trials) == cells - 1
+    if laws.surface is None:
+        with pytest.raises(ValueError, match=f"cells: {cells}; a prediction needs"):
+            laws.predict(1e8, 1e6)
