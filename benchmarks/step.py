@@ -2,11 +2,12 @@
 
     python benchmarks/step.py                              # F0 8x96, F1 4x128, as in README
     python benchmarks/step.py --case F3:2:96 --rounds 9
-    python benchmarks/step.py --minis                      # whole training steps of the minis, in images/s
 
-Each runs in a process of its own with the same number of threads, float32, and they take turns, each waiting while another
-works; a ratio is between neighbours in time. Memory is the highest resident size while stepping (the compiler's apart).
-Needs PyTorch and timm (`make .venv/.parity`); without them only our two forms are compared.
+timm has no minis: `nfnet profile F0-mini` says how many images/s a training step of those makes.
+
+Each runs in a process of its own with the same number of threads, float32, and they take turns, each waiting while another works;
+a ratio is between neighbours in time. Memory is the highest resident size while stepping (the compiler's apart). Needs PyTorch
+and timm (`make .venv/.parity`); without them only our two forms are compared.
 """
 
 import argparse
