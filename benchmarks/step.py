@@ -5,7 +5,7 @@
 
 timm has no minis: `nfnet profile F0-mini` says how many images/s a training step of those makes.
 
-Each runs in a process of its own with the same number of threads, float32, and they take turns, each waiting while another works;
+Each runs in its own process with the same number of threads, float32; they take turns, and the others wait meanwhile;
 a ratio is between neighbours in time. Memory is the highest resident size while stepping (the compiler's apart). Needs PyTorch
 and timm (`make .venv/.parity`); without them only our two forms are compared.
 """
