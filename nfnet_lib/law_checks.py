@@ -92,8 +92,7 @@ def optimum(fit: LawFit, compute, flops_per_unit: float) -> dict[str, np.ndarray
 
 def growth_exponents(fit: LawFit) -> dict[str, tuple[float, float, float]]:
     """{"size", "data"}: exponent with which the optimum grows with compute, and its 90 % interval; they add up to 1."""
-    if not len(fit.draws):
-        raise ValueError("resamples: this law was fitted with 0; an interval needs more")
+    fit.need_draws()
     alpha, beta = (fit.draws[:, fit.form.parameters.index(name)] for name in ("alpha", "beta"))
     share = beta / (alpha + beta)
     low, high = np.quantile(share, (0.05, 0.95))

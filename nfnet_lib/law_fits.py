@@ -83,12 +83,12 @@ class LawFit(NamedTuple):
 
     def predict_draws(self, **inputs) -> np.ndarray:
         """Loss by each draw of the bootstrap, [resamples, ...]. ValueError for a fit without."""
-        self._need_draws()
+        self.need_draws()
         return _natural_loss(self.form, self.draws, inputs)
 
     def interval(self, name: str) -> tuple[float, float]:
         """90 % interval of a parameter."""
-        self._need_draws()
+        self.need_draws()
         low, high = np.quantile(self.draws[:, self.form.parameters.index(name)], LEVELS)
         return float(low), float(high)
 
@@ -120,7 +120,8 @@ class LawFit(NamedTuple):
         weak = "; ".join(f"{name} is weakly identified: {why}" for name, why in self.weak().items())
         return f"{', '.join(texts)}; R^2 = {self.r_squared:.4f} on log axes" + (f"; {weak}" if weak else "") + "."
 
-    def _need_draws(self) -> None:
+    def need_draws(self) -> None:
+        """ValueError for a fit without."""
         if not len(self.draws):
             raise ValueError("resamples: this law was fitted with 0; an interval needs more")
 
@@ -132,8 +133,8 @@ def fit_law(
     """Fit the law called `form`; inputs by name, `compute` or `size` and `data`.
 
     groups: of each point, the model that it is of; resamples are drawn within each (None: from all). delta: Huber's, None for
-    that of the module's head; infinite is least squares. ValueError for an unknown
-    form or input, values that have no logarithm, and fewer than one point more than there are parameters.
+    that of the module's head; infinite is least squares. ValueError for an unknown form or input, values that have no
+    logarithm, and fewer than one point more than there are parameters.
     """
     if form not in FORMS:
         raise ValueError(f"form: {form!r}; allowed: {', '.join(FORMS)}")

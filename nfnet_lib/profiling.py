@@ -150,7 +150,10 @@ def part_of(op_name: str) -> str:
 
 
 def pass_of(op_name: str) -> str:
-    """Of PASSES. An operation that is in no derivative and not in a part of the network belongs to the update."""
+    """Of PASSES. An operation that is in no derivative and not in a part of the network belongs to the update.
+
+    "recomputed" is what jax.checkpoint computes again; what `remat.scan_recomputing` does is in the loop of "backward".
+    """
     if "rematted_computation" in op_name:
         return "recomputed"
     if "transpose(" in op_name:

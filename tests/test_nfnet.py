@@ -257,8 +257,8 @@ def test_bad_input_is_named(arguments, settings, words):
 
 
 @functools.cache
-def stage_gradient(remat="none", unroll=1, masked=True):
-    """Loss and gradient of a small stage of four blocks with these settings."""
+def stage_gradient(remat="none", unroll=1, masked=True, backend="cpu"):
+    """Loss and gradient of a small stage of four blocks with these settings, traced as for a backend."""
     options = {"groups": 2, "stride": 2, "first_beta": 1.0, "unroll": unroll, "remat": remat}
     graphdef, state = nnx.split(Stage(8, 12, 8, 4, **options))
     leaves, structure = jax.tree.flatten(state)
@@ -266,14 +266,17 @@ def stage_gradient(remat="none", unroll=1, masked=True):
     state = jax.tree.unflatten(structure, [jax.random.normal(k, p.shape) for k, p in zip(keys, leaves, strict=True)])
     x, masks = jax.random.normal(jax.random.key(1), (3, 8, 8, 8)), jnp.ones((4, 3, 1, 1, 1)).at[2, 1].set(0)
     masks = masks if masked else None
-    return jax.jit(jax.value_and_grad(lambda state, x: jnp.sum(nnx.merge(graphdef, state)(x, masks)[0] ** 2), (0, 1)))(
-        state, x
-    )
+    gradient = jax.value_and_grad(lambda state, x: jnp.sum(nnx.merge(graphdef, state)(x, masks)[0] ** 2), (0, 1))
+    with for_backend(backend):
+        return jax.jit(gradient)(state, x)
 
 
-@pytest.mark.parametrize("settings", [("convs",), ("convs", 2), ("convs", 1, False), ("entry", 3), ("full",)])
+@pytest.mark.parametrize("settings", [("none",), ("convs",), ("convs", 2), ("convs", 1, False), ("entry", 3), ("full",)])
 def test_what_is_kept_for_the_backward_pass_changes_no_number(settings):
-    (loss, grads), (expected, plain) = stage_gradient(*settings), stage_gradient(masked=settings[2:] != (False,))
+    """Against an ordinary scan that keeps everything, which on CPU no setting is."""
+    (loss, grads), (expected, plain) = (
+        stage_gradient(*settings), stage_gradient(masked=settings[2:] != (False,), backend="gpu")
+    )  # fmt: skip
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
     for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4 * float(jnp.max(jnp.abs(other))))
