@@ -6,6 +6,7 @@ PYTHON ?= python3
 EXTRAS ?= dev,report
 STUDY  ?= params/laptop/study.yaml
 PARITY ?= 1
+BROWSER ?= 1
 UPGRADE ?=
 ARGS   ?=
 
@@ -30,7 +31,7 @@ UV_CACHE_DIR := $(shell d="$${XDG_CACHE_HOME:-$${HOME:+$$HOME/.cache}}"; cache="
 endif
 export UV_CACHE_DIR
 
-.PHONY: help reproduce test lint lab profile bench constraints clean
+.PHONY: help reproduce test lint lab app profile bench constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -38,14 +39,17 @@ help: ## list the targets
 reproduce: $(STAMP) ## run the laptop study and write its report; prints the report's path at the end
 	$(BIN)/nfnet study $(STUDY) $(ARGS)
 
-test: lint $(if $(filter-out 0,$(PARITY)),$(VENV)/.parity) ## lint, then run every test (PARITY=0: without PyTorch and timm)
-	$(BIN)/python -m pytest $(ARGS)
+test: lint $(VENV)/.extra-ray $(VENV)/.extra-app $(if $(filter-out 0,$(PARITY)),$(VENV)/.parity) $(if $(filter-out 0,$(BROWSER)),$(VENV)/.browser) ## lint, then run every test (PARITY=0: without PyTorch and timm; BROWSER=0: without a browser)
+	$(BIN)/python -m pytest $(if $(filter 0,$(BROWSER)),-m "not browser") $(ARGS)
 
 lint: $(STAMP) ## check the code with ruff
 	$(BIN)/ruff check .
 
 lab: $(STAMP) ## open JupyterLab on notebooks/, reachable from this machine only
 	$(BIN)/jupyter-lab --ip=127.0.0.1 $(ARGS) notebooks
+
+app: $(STAMP) $(VENV)/.extra-app ## open the explorer as a page, reachable from this machine only
+	$(BIN)/voila --Voila.ip=127.0.0.1 $(ARGS) notebooks/08_explore.ipynb
 
 profile: $(STAMP) ## show where a training step's time goes (ARGS="F3-mini -p batch_size=32")
 	$(BIN)/nfnet profile $(or $(ARGS),F0-mini)
@@ -81,6 +85,21 @@ $(VENV)/.created:
 $(VENV)/.parity: constraints.txt | $(STAMP)
 	@echo "installing PyTorch and timm into $(VENV) (make test PARITY=0 does without)"
 	@$(PIP_INSTALL) -e '.[parity]'
+	@touch $@
+
+# Extras that only some targets need.
+$(VENV)/.extra-%: constraints.txt pyproject.toml | $(STAMP)
+	@echo "installing [$*] into $(VENV)"
+	@{ test -x $(BIN)/uv && $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[$*]'; } \
+		|| $(PIP_INSTALL) -e '.[$*]'
+	@touch $@
+
+# The browser tests drive Debian's Chromium; playwright's own download is never used.
+$(VENV)/.browser: | $(VENV)/.created
+	@command -v chromium >/dev/null || { \
+		echo "installing Chromium for the browser tests (make test BROWSER=0 does without)"; \
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; } >/dev/null 2>&1; } || { \
+		echo "error: the browser tests need Debian's chromium: install it, or make test BROWSER=0" >&2; exit 1; }
 	@touch $@
 
 # Where Python may not write bytecode later, compile it now: a study starts many interpreters (9 s of imports, or 4).

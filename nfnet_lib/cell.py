@@ -4,14 +4,19 @@ Success is never read off the notebook (after a dead kernel papermill's metadata
 done when the process ended with 0 and the run wrote its summary. The child dies with the process that started it.
 """
 
+import contextlib
 import ctypes
 import json
+import logging
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +26,9 @@ from nfnet_lib.records import FAILURE, write_json
 from nfnet_lib.tuning import tuned_already
 
 NOTEBOOKS = PROJECT / "notebooks"
+LONGEST_OUTPUT = 200_000  # characters of one printed output that a notebook keeps; the log has all of it
+STOP = "STOP"  # a file of this name in a study's folder: no cell starts any more, and runs save and end
+INTERACTIVE = "JPY_SESSION_NAME"  # which a Jupyter server sets for the kernels of open notebooks
 _RUN_NOTEBOOK = {"pretrain": "02_pretrain.ipynb", "finetune": "03_finetune.ipynb"}
 # Large memory pages: XLA maps and unmaps its work space at every step on CPU; 15% off a step (LOG.md).
 _HUGE_PAGES = "glibc.malloc.hugetlb=1"
@@ -28,11 +36,40 @@ _SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 class CellFailed(RuntimeError):
-    """A notebook did not end well: the last line of its log; `log` is the whole."""
+    """A notebook did not end well: the last line of its log; `log` is the whole.
 
-    def __init__(self, message: str, log: str):
-        super().__init__(message)
-        self.log = log
+    lost: its process or kernel died, or the machine did: another try, which resumes, may well succeed.
+    """
+
+    def __init__(self, message: str, log: str, lost: bool = False):
+        super().__init__(message, log, lost)  # all of them, so that it survives being sent between processes
+        self.log, self.lost = log, lost
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
+class CellStopped(RuntimeError):
+    """A cell was asked to stop, and can be resumed."""
+
+
+_children: set[subprocess.Popen] = set()
+_stopping = threading.Event()  # no cell of this process starts any more
+
+
+@contextlib.contextmanager
+def cells_stopping(grace: float | int) -> Iterator[None]:
+    """Start no more notebooks in this process, wait up to `grace` seconds for those that run, then kill them."""
+    _stopping.set()
+    end = time.monotonic() + grace
+    try:
+        while _children and time.monotonic() < end:
+            time.sleep(0.1)
+    finally:
+        for child in list(_children):
+            child.kill()
+    yield
+    _stopping.clear()
 
 
 def execute(
@@ -40,74 +77,103 @@ def execute(
     output: Path,
     parameters: dict[str, Any],
     *,
-    core: int | None = None,
+    cores: Sequence[int] = (),
     timeout: float | int | None = None,
+    platform: str = "cpu",
 ) -> None:
     """Execute `notebook` with `parameters` into `output`, which appears only if every cell ran; CellFailed otherwise.
 
     While it runs, and after a failure, the notebook is `output` with `.partial` before the suffix; the log lies beside.
-    core: the one processor core that it may use, which also fixes the order of floating-point sums.
+    At the top of both stands the papermill command that does the same by hand.
+    cores: the processor cores that it may use, which also fix the order of floating-point sums; none named: all.
+    timeout: seconds. platform: what JAX must run on, unless JAX_PLATFORMS is set; where it is missing the run fails.
     """
     partial, log = output.with_suffix(".partial.ipynb"), output.with_suffix(".log")
     output.parent.mkdir(parents=True, exist_ok=True)
-    request = {"notebook": str(notebook), "output": str(partial), "parameters": parameters, "core": core}
-    environment = os.environ | {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")}
-    environment.pop("MPLBACKEND", None)  # the kernel's own puts figures into the notebook
+    request = {"notebook": str(notebook), "output": str(partial), "parameters": parameters, "cores": list(cores)}
+    environment = os.environ | {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", platform)}
+    for name in ("MPLBACKEND", INTERACTIVE):  # the kernel's own puts figures into the notebook; nobody watches it
+        environment.pop(name, None)
     environment.setdefault("GLIBC_TUNABLES", _HUGE_PAGES)
     with log.open("w") as stream:
+        # A session of its own: ctrl-C in a terminal asks the runs to stop (study.py), it does not kill them.
         process = subprocess.Popen(
-            [sys.executable, "-m", "nfnet_lib.cell", str(os.getpid())],
+            [sys.executable, "-m", "nfnet_lib.cell", str(os.getpid())], start_new_session=True,
             stdin=subprocess.PIPE, stdout=stream, stderr=subprocess.STDOUT, env=environment, cwd=PROJECT, text=True,
         )  # fmt: skip
+        _children.add(process)
         try:
+            if _stopping.is_set():
+                raise CellStopped(f"{output.parent.name} was not started")
             process.communicate(json.dumps(request), timeout=timeout)
+        except BrokenPipeError:
+            process.wait()
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
             raise CellFailed(f"{output.stem} took longer than {timeout / 60:g} minutes", log.read_text()) from None
-        except BaseException:
+        finally:
             process.kill()
             process.wait()
-            raise
+            _children.discard(process)
     if process.returncode != 0:
+        if _stopping.is_set():
+            raise CellStopped(f"{output.parent.name} was stopped")
         text = log.read_text()
-        lines = [line for line in text.strip().splitlines() if line.strip()]
-        raise CellFailed(lines[-1][:500] if lines else f"exit code {process.returncode}", text)
+        last = ([line for line in text.strip().splitlines() if line.strip()] or [""])[-1][:500]
+        if re.match(r"(\w+\.)*Stopped: ", last):
+            raise CellStopped(last)
+        lost = process.returncode < 0 or "DeadKernelError" in last
+        if process.returncode < 0:
+            last = f"its process was ended by {signal.Signals(-process.returncode).name}"
+        raise CellFailed(last or f"exit code {process.returncode}", text, lost)
     partial.replace(output)
 
 
 def run_cell(
-    config: RunConfig, study_dir: Path, *, lr_grid: Sequence[float] = (), core: int | None = None,
-    timeout: float | int | None = None,
+    config: RunConfig, study_dir: Path, *, lr_grid: Sequence[float] = (), cores: Sequence[int] = (),
+    timeout: float | int | None = None, platform: str = "cpu", retries: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """The summary of the best run of a cell of a study, made by its notebook unless it is done.
 
-    With an lr_grid the cell is a search from config.peak_lr (`tuning.tune`), without one a single run. CellFailed leaves
-    failure.json. This is the function behind which an engine may put a cluster.
+    With an lr_grid the cell is a search from config.peak_lr (`tuning.tune`), without one a single run. A process that was
+    lost is started again up to `retries` times, and resumes. CellFailed leaves failure.json with the traceback, beside the
+    notebook as far as it came. This is the function that the engines call, on whatever machine.
     """
     folder = cell_dir(config, study_dir, lr_grid)
     output = folder / "run.ipynb"
-    done = tuned_already(config, list(lr_grid), study_dir)
-    if done is not None and output.exists():
+    done = finished(config, study_dir, lr_grid)
+    if done is not None:
         return done
     parameters = config.model_dump(mode="json", exclude={"kind"}) | {"study_dir": project_relative(study_dir)}
     if lr_grid:
         parameters["lr_grid"] = list(lr_grid)
     if config.kind == "finetune":
         parameters["comparison_seeds"] = -1
-    started = time.time()
-    try:
-        execute(NOTEBOOKS / _RUN_NOTEBOOK[config.kind], output, parameters, core=core, timeout=timeout)
-        done = tuned_already(config, list(lr_grid), study_dir)
-        if done is None:
-            raise CellFailed("the notebook ended without a summary of its run", output.with_suffix(".log").read_text())
-    except CellFailed as error:
-        write_json(
-            folder / FAILURE, {"error": str(error), "traceback": error.log[-20_000:], "seconds": time.time() - started}
-        )
-        raise
+    started, notebook = time.time(), NOTEBOOKS / _RUN_NOTEBOOK[config.kind]
+    for left in reversed(range(retries + 1)):
+        if (study_dir / STOP).exists():
+            raise CellStopped(f"{folder.name} was not started")
+        try:
+            execute(notebook, output, parameters, cores=cores, timeout=timeout, platform=platform)
+            if (done := tuned_already(config, list(lr_grid), study_dir)) is None:
+                log = output.with_suffix(".log").read_text()
+                raise CellFailed("the notebook ended without a summary of its run", log)
+            break
+        except CellFailed as error:
+            if error.lost and left:
+                continue
+            failure = {"error": str(error), "traceback": error.log[-20_000:], "seconds": time.time() - started}
+            failure |= {"diverged": True} if "NonFiniteLoss" in str(error) and not lr_grid else {}
+            write_json(folder / FAILURE, failure)
+            raise
     (folder / FAILURE).unlink(missing_ok=True)
     return done
+
+
+def finished(config: RunConfig, study_dir: Path, lr_grid: Sequence[float] = ()) -> dict[str, Any] | None:
+    """Summary of the best run of a cell that is done, with its notebook; None otherwise."""
+    if not (cell_dir(config, study_dir, lr_grid) / "run.ipynb").exists():
+        return None
+    return tuned_already(config, list(lr_grid), study_dir)
 
 
 def cell_dir(config: RunConfig, study_dir: Path, lr_grid: Sequence[float] = ()) -> Path:
@@ -121,20 +187,72 @@ def project_relative(path: Path) -> str:
     return str(path.relative_to(PROJECT)) if path.is_relative_to(PROJECT) else str(path)
 
 
+def command(notebook: Path, parameters: dict[str, Any]) -> str:
+    """The papermill command, from the checkout, that executes `notebook` so; only what differs from its defaults is named."""
+    import papermill
+    import yaml
+
+    with contextlib.redirect_stderr(None):
+        defaults = {name: known["default"] for name, known in papermill.inspect_notebook(str(notebook)).items()}
+    changed = {name: value for name, value in parameters.items() if repr(value) != defaults.get(name, "").strip()}
+    text = yaml.safe_dump(changed, default_flow_style=True, width=float("inf"), sort_keys=False).strip()
+    values = f" -y {shlex.quote(text)}" if changed else ""
+    return f"papermill {shlex.quote(project_relative(notebook))} by_hand.ipynb{values}"
+
+
+def _with_command(notebook: Path, parameters: dict[str, Any]):
+    """The notebook with the command below its title."""
+    import nbformat
+
+    content = nbformat.read(notebook, 4)
+    text = f"Executed by the runner of studies; by hand, from the checkout:\n```\n{command(notebook, parameters)}\n```"
+    cell = nbformat.v4.new_markdown_cell(text, metadata={"tags": ["papermill-command"]})
+    if content.get("nbformat_minor", 0) < 5:
+        cell.pop("id", None)
+    content.cells.insert(1 if content.cells and content.cells[0].cell_type == "markdown" else 0, cell)
+    return content
+
+
+def _shorten_outputs(path: Path) -> None:
+    """Leave out the middle of what was printed where it is too much for a browser."""
+    import nbformat
+
+    content = nbformat.read(path, 4)
+    long = [
+        output
+        for cell in content.cells
+        for output in cell.get("outputs", [])
+        if output.output_type == "stream" and len(output.text) > LONGEST_OUTPUT
+    ]
+    for output in long:
+        half, cut = LONGEST_OUTPUT // 2, len(output.text) - LONGEST_OUTPUT
+        output.text = (
+            f"{output.text[:half]}\n... {cut:,} characters left out; the log has them ...\n{output.text[-half:]}"
+        )
+    if long:
+        nbformat.write(content, path)
+
+
 def _main(parent: int) -> None:
-    """The child: bound to its parent's life and to its core, then papermill."""
+    """The child: bound to its parent's life and to its cores, then papermill."""
     ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit("the parent process is gone")
     request = json.load(sys.stdin)
-    if request["core"] is not None:
-        os.sched_setaffinity(0, {request["core"]})
+    if request["cores"]:
+        os.sched_setaffinity(0, request["cores"])
     import papermill
 
-    papermill.execute_notebook(
-        request["notebook"], request["output"], request["parameters"],
-        kernel_name="python3", progress_bar=False, log_output=True, start_timeout=180, coalesce_streams=True,
-    )  # fmt: skip
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    logging.getLogger("papermill").setLevel(logging.INFO)  # what cells print, as they do
+    try:
+        papermill.execute_notebook(
+            _with_command(Path(request["notebook"]), request["parameters"]), request["output"], request["parameters"],
+            kernel_name="python3", progress_bar=False, log_output=True, start_timeout=180, coalesce_streams=True,
+        )  # fmt: skip
+    finally:
+        if Path(request["output"]).exists():
+            _shorten_outputs(Path(request["output"]))
 
 
 if __name__ == "__main__":

@@ -3,60 +3,11 @@
 import argparse
 import os
 import sys
-import time
 from pathlib import Path
 
-from nfnet_lib import PROJECT
-from nfnet_lib.config import ConfigError, StudyConfig
+from nfnet_lib import PROJECT, study_commands
+from nfnet_lib.config import ConfigError
 from nfnet_lib.records import RecordError
-
-
-def _study(arguments: argparse.Namespace) -> int:
-    from nfnet_lib.study import run_study
-
-    study = StudyConfig.from_file(arguments.file)
-    if arguments.workers is not None:
-        study = study.model_copy(update={"workers": arguments.workers})
-    clock = time.monotonic()
-    report, failures = run_study(study, arguments.out or PROJECT / "outputs" / study.name)
-    for line in _findings(report.parent.parent):
-        print(line)
-    for name, error in failures.items():
-        print(f"failed: {name}: {error}", file=sys.stderr)
-    print(f"{study.name} took {(time.monotonic() - clock) / 60:.1f} minutes; report: {report}")
-    return 1 if failures else 0
-
-
-def _findings(study_dir: Path) -> list[str]:
-    """What the frontier fit says, in sentences; says so where there are too few cells to fit."""
-    from nfnet_lib.records import collect
-    from nfnet_lib.scaling import frontier_analysis
-
-    try:
-        return list(frontier_analysis(collect(study_dir)).sentences())
-    except ValueError as error:
-        return [f"no frontier fit: {error}"]
-
-
-def _status(arguments: argparse.Namespace) -> int:
-    from nfnet_lib.records import status_table
-
-    print(status_table(arguments.dir).to_string(index=False))
-    return 0
-
-
-def _report(arguments: argparse.Namespace) -> int:
-    from nfnet_lib.report import build_report
-
-    print(build_report(arguments.dir))
-    return 0
-
-
-def _publish(arguments: argparse.Namespace) -> int:
-    from nfnet_lib.report import publish
-
-    print(publish(arguments.dir))
-    return 0
 
 
 def _data_show(arguments: argparse.Namespace) -> int:
@@ -99,7 +50,7 @@ def _finetune(arguments: argparse.Namespace) -> int:
 
     config = finetune_config(
         arguments.weights, arguments.data, recipe=arguments.recipe, epochs=arguments.epochs,
-        batch_size=arguments.batch_size, **_overrides(arguments.parameter),
+        batch_size=arguments.batch_size, **study_commands.overrides(arguments.parameter),
     )  # fmt: skip
     out = arguments.out or PROJECT / "outputs" / "by_hand" / config.run_id
     print(sentence(run(config, out)))
@@ -111,7 +62,7 @@ def _profile(arguments: argparse.Namespace) -> int:
     from nfnet_lib.config import PretrainConfig
     from nfnet_lib.profiling import profile_step
 
-    overrides = {"variant": arguments.variant} | _overrides(arguments.parameter)
+    overrides = {"variant": arguments.variant} | study_commands.overrides(arguments.parameter)
     config = PretrainConfig.from_params(overrides)
     profile = profile_step(config, steps=arguments.steps, trace_dir=arguments.trace)
     print(profile.sentence())
@@ -120,19 +71,6 @@ def _profile(arguments: argparse.Namespace) -> int:
     print("\nslowest operations")
     print(profile.slowest().to_string(index=False, float_format="{:.2f}".format))
     return 0
-
-
-def _overrides(texts: list[str]) -> dict:
-    """{NAME: value} of NAME=VALUE, values as YAML reads them."""
-    import yaml
-
-    overrides = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigError(f"-p: {text!r} is not NAME=VALUE")
-        overrides[name] = yaml.safe_load(value)
-    return overrides
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -259,18 +197,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(function=function)
         return sub
 
-    sub = command("study", _study, "Run a study, or go on with it; ends by printing the report's path.",
-                  "nfnet study params/laptop/study.yaml")  # fmt: skip
-    sub.add_argument("file", type=Path, help="study file (YAML)")
-    sub.add_argument("--out", type=Path, help="study folder; default: outputs/<name of the study>")
-    sub.add_argument("--workers", type=int, help="runs at a time; default: one a core")
-    sub = command("status", _status, "Show the state of every run of a study.", "nfnet status outputs/laptop")
-    sub.add_argument("dir", type=Path, help="study folder")
-    sub = command("report", _report, "Build the report of a study again.", "nfnet report outputs/laptop")
-    sub.add_argument("dir", type=Path, help="study folder")
-    sub = command("publish", _publish, "Copy a study's results, figures and report to outputs/published, to be committed.",
-                  "nfnet publish outputs/laptop")  # fmt: skip
-    sub.add_argument("dir", type=Path, help="study folder, made from one clean commit")
+    study_commands.add(command)
     sub = command("predict", _predict, "Name what a picture shows.",
                   "nfnet predict photo.jpg --weights F0_haiku.npz --labels imagenet_classes.txt")  # fmt: skip
     sub.add_argument("image", type=Path, help="picture (JPEG, PNG, ...)")

@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import difflib
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -283,8 +284,13 @@ class StudyConfig(BaseModel):
     variants: list[str] = Field(min_length=1, description="one curve each")
     epoch_budgets: list[float] = Field(min_length=1)
     lr_grid: list[float] = Field(min_length=1, description="peak learning rates, ascending, factors of 2")
-    lr_search: Literal["bracket", "grid"] = Field(
-        "bracket", description="grid: try all; bracket: walk downhill from lr_start until a minimum is bracketed"
+    seeds: list[int] = Field(
+        default_factory=list, description="each is a cell of its own, tuned by itself; default: pretrain's seed"
+    )
+    lr_search: Literal["bracket", "grid", "two_trials"] = Field(
+        "bracket",
+        description="grid: try all; bracket: walk downhill from lr_start until a minimum is bracketed; two_trials: two rates"
+        " proposed from the best ones of smaller cells (rules.propose_lr), the smallest cell bracketed",
     )
     lr_start: dict[float, float] = Field(
         default_factory=dict, description="where the search begins, by epoch budget; default: the grid's middle"
@@ -307,13 +313,22 @@ class StudyConfig(BaseModel):
         0, ge=0, le=100, description="seeds of a comparison of ways of fine-tuning the first variant; 0: none"
     )
     notebooks: list[str] = Field(default_factory=list, description="analysis notebooks, executed at the end")
-    workers: int = Field(0, ge=0, description="runs at a time; 0: one a core")
+    workers: int = Field(0, ge=0, description="runs at a time; 0: as many as there are cores for")
+    cores_per_run: int = Field(1, ge=0, description="processor cores that a run gets to itself; 0: all, shared")
     memory_per_run_gb: float = Field(2.0, gt=0)
-    timeout_minutes: float = Field(120, gt=0, description="of one run")
+    gpus_per_run: float = Field(0, ge=0, description="that Ray sets apart for a run")
+    tpu_slice: str = Field("", pattern=r"^(v\w+:\d+(x\d+)+)?$", description="that Ray sets apart for a cell, v4:2x2x4 for"
+                           " example; empty: runs use the machine's own devices")  # fmt: skip
+    platform: Literal["cpu", "cuda", "tpu"] = Field("cpu", description="what JAX must run on, or the run fails")
+    timeout_minutes: float = Field(120, gt=0, description="of one cell")
+    retries: int = Field(3, ge=0, le=100, description="of a cell whose process, kernel or machine was lost; it resumes")
 
     @classmethod
-    def from_file(cls, path: str | Path) -> "StudyConfig":
-        """The study of a YAML file; ConfigError in one line otherwise. Every cell is validated here."""
+    def from_file(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> "StudyConfig":
+        """The study of a YAML file; ConfigError in one line otherwise. Every cell is validated here.
+
+        overrides: {key: value} over what the file says; a dot leads into a mapping ("pretrain.num_classes").
+        """
         import yaml
 
         path = Path(path)
@@ -326,6 +341,8 @@ class StudyConfig(BaseModel):
             raise ConfigError(f"study file: {path} is not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(content, dict) or set(content) != {"study"} or not isinstance(content["study"], dict):
             raise ConfigError(f"study file: {path} must hold one mapping called study")
+        for key, value in (overrides or {}).items():
+            _override(content["study"], key, value)
         unknown = sorted(set(content["study"]) - set(cls.model_fields))
         if unknown:
             near = difflib.get_close_matches(unknown[0], cls.model_fields, n=2, cutoff=0.5) or list(cls.model_fields)
@@ -347,16 +364,21 @@ class StudyConfig(BaseModel):
 
     def validate_cells(self) -> None:
         """ConfigError on the first run that can't be: before anything is written."""
+        for name in ("variants", "epoch_budgets", "seeds", "finetune_augmults"):
+            if len(set(values := getattr(self, name))) != len(values):
+                raise ConfigError(f"{name}: {values} has repeats")
         for variant in self.variants:
             lr_grid, lr_start = self.learning_rates(variant)
             if sorted(set(lr_grid)) != lr_grid:
                 raise ConfigError(f"lr_grid: {lr_grid} must ascend without repeats")
+            if self.lr_search == "two_trials" and len(lr_grid) < 2:
+                raise ConfigError(f"lr_grid: {lr_grid} with lr_search='two_trials'; allowed: at least 2 rates")
             for budget, lr in lr_start.items():
                 if budget not in self.epoch_budgets or lr not in lr_grid:
                     raise ConfigError(f"lr_start: {budget:g}: {lr} is not one of epoch_budgets with a value of lr_grid")
             for budget in self.epoch_budgets:
-                for lr in lr_grid:
-                    self.pretrain_config(variant, budget, lr)
+                for lr, seed in itertools.product(lr_grid, self.seeds or [None]):
+                    self.pretrain_config(variant, budget, lr, seed)
             if self.finetune is not None:
                 for augmult in self.finetune_augmults:
                     self.finetune_config(variant, "to-be-found", augmult)
@@ -372,9 +394,13 @@ class StudyConfig(BaseModel):
         except ValueError as error:
             raise ConfigError(str(error)) from None
 
-    def pretrain_config(self, variant: str, epoch_budget: float | int, peak_lr: float | int) -> PretrainConfig:
-        """The config of one run of one cell."""
-        cell = {"variant": variant, "epoch_budget": epoch_budget, "peak_lr": peak_lr}
+    def pretrain_config(
+        self, variant: str, epoch_budget: float | int, peak_lr: float | int, seed: int | None = None
+    ) -> PretrainConfig:
+        """The config of one run of one cell; seed: one of `seeds`, or None for that of `pretrain`."""
+        cell = {"variant": variant, "epoch_budget": epoch_budget, "peak_lr": peak_lr} | (
+            {} if seed is None else {"seed": seed}
+        )
         return PretrainConfig.from_params({**self.pretrain, **self._family(variant).pretrain, **cell})
 
     def finetune_config(self, variant: str, pretrained_run: str, augmult: int) -> FinetuneConfig:
@@ -382,6 +408,16 @@ class StudyConfig(BaseModel):
         cell = {"variant": variant, "pretrained_run": pretrained_run, "augmult": augmult}
         own = self._family(variant).finetune | self.finetune_variants.get(variant, {})
         return FinetuneConfig.from_params({**(self.finetune or {}), **own, **cell})
+
+
+def _override(content: dict[str, Any], key: str, value: Any) -> None:
+    """Set content["a"]["b"] for the key "a.b"; what lies between is made where it is missing."""
+    *above, last = key.split(".")
+    for name in above:
+        content = content.setdefault(name, {})
+        if not isinstance(content, dict):
+            raise ConfigError(f"{key}: {name} is {content!r}, not a mapping; allowed: {name}={content!r} as a whole")
+    content[last] = value
 
 
 def _numbers(cls: type[BaseModel], params: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,12 @@ Training costs 3 forward passes (backward = 2 forward), so 6 FLOPs a MAC and ima
 batch and doubles that.
 """
 
+from typing import TYPE_CHECKING
+
 from nfnet_lib.variants import STAGE_STRIDES, STEM_CHANNELS, Variant, ViTVariant
+
+if TYPE_CHECKING:
+    from nfnet_lib.config import RunConfig
 
 
 def count(
@@ -107,6 +112,16 @@ def num_params(
 def train_flops(macs: int, images_seen: int, rho: float | int = 0.0, ascent_fraction: float | int = 1.0) -> float:
     """Training FLOPs of images_seen views: 6 a MAC, and with SAM (rho > 0) as much again for its share of ascent."""
     return 6.0 * macs * images_seen * (1 + (ascent_fraction if rho > 0 else 0))
+
+
+def run_macs(config: "RunConfig") -> int:
+    """Multiply-accumulates of a forward pass of one training image of a run, with the classes that its parameters name."""
+    return forward_macs(config.architecture, config.resolution, config.num_classes, config.bottleneck_rule)
+
+
+def run_flops(config: "RunConfig") -> float:
+    """Training FLOPs of a whole run."""
+    return train_flops(run_macs(config), config.steps * config.batch_size, config.rho, config.ascent_fraction)
 
 
 def describe(config):

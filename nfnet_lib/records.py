@@ -8,7 +8,6 @@ import json
 import math
 import os
 import tempfile
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -126,7 +125,7 @@ class MetricsWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
         if self.path.exists():
-            lines = _metric_lines(self.path)
+            lines = metric_lines(self.path)
             kept = [line for line, record in lines if record["step"] <= last_step]
             last_step = max([record["step"] for _, record in lines if record["step"] <= last_step], default=-1)
         else:
@@ -166,7 +165,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _metric_lines(path: Path) -> list[tuple[str, dict]]:
+def metric_lines(path: Path) -> list[tuple[str, dict]]:
     """Lines of a metrics file with their parsed records, without a torn last one. Raises RecordError for any other."""
     *lines, rest = path.read_bytes().split(b"\n")  # `rest` has no newline: torn, even if it happens to parse
     result = []
@@ -192,7 +191,7 @@ def read_metrics(run_dir: str | os.PathLike) -> "pd.DataFrame":
     import pandas as pd
 
     path = Path(run_dir) / METRICS
-    records = [record for _, record in _metric_lines(path)]
+    records = [record for _, record in metric_lines(path)]
     table = pd.DataFrame(records) if records else pd.DataFrame({"step": [], "epoch": [], "loss": []}, dtype="float64")
     table["step"] = table["step"].astype("int64")
     for name in table.columns.difference(["step"]):
@@ -201,7 +200,7 @@ def read_metrics(run_dir: str | os.PathLike) -> "pd.DataFrame":
     return table
 
 
-def _run_folders(root: Path, below: int = _BELOW_STUDY) -> Iterator[Path]:
+def run_folders(root: Path, below: int = _BELOW_STUDY) -> Iterator[Path]:
     """Run folders at `root` or at most `below` levels under it, sorted; nothing below a run folder is looked at."""
     if any((root / name).is_file() for name in _MARKERS):
         yield root
@@ -209,10 +208,10 @@ def _run_folders(root: Path, below: int = _BELOW_STUDY) -> Iterator[Path]:
     if below:
         for child in sorted(root.iterdir()):
             if child.is_dir() and not child.name.startswith("."):
-                yield from _run_folders(child, below - 1)
+                yield from run_folders(child, below - 1)
 
 
-def _existing(path: str | os.PathLike) -> Path:
+def existing_folder(path: str | os.PathLike) -> Path:
     root = Path(path)
     if not root.is_dir():
         raise FileNotFoundError(f"path={str(path)!r} is no folder; give a run folder or a folder of runs")
@@ -275,7 +274,7 @@ def collect(path: str | os.PathLike, damaged: str = "raise") -> "pd.DataFrame":
     alphabetic order; last `path`, the run folder relative to the argument. Counts are int64 (Int64 where some runs lack
     them), measures float64. Rows are sorted by kind, variant, epoch_budget, peak_lr, run_id.
 
-    Unfinished and failed runs are left out: see `status_table`. A summary.json that is there but damaged, of another
+    Unfinished and failed runs are left out: see status.py. A summary.json that is there but damaged, of another
     schema or contradictory is an error (RecordError naming the file); with damaged="skip" it is left out and named in
     one warning. Summaries are replaced atomically, so a damaged one was harmed from outside.
     Raises FileNotFoundError where `path` is no folder. No finished run gives an empty table with the leading columns.
@@ -284,9 +283,9 @@ def collect(path: str | os.PathLike, damaged: str = "raise") -> "pd.DataFrame":
 
     if damaged not in ("raise", "skip"):
         raise ValueError(f"damaged={damaged!r} must be 'raise' or 'skip'")
-    root = _existing(path)
+    root = existing_folder(path)
     rows, problems = [], []
-    for folder in _run_folders(root):
+    for folder in run_folders(root):
         if not (folder / SUMMARY).is_file():
             continue
         try:
@@ -306,52 +305,6 @@ def collect(path: str | os.PathLike, damaged: str = "raise") -> "pd.DataFrame":
         elif name in _FLOATS or name.endswith("_ema"):
             table[name] = table[name].astype("float64")
     return table.sort_values([name for name in _SORT if name in table], ignore_index=True, kind="stable")
-
-
-def status_table(path: str | os.PathLike, alive_seconds: int | float = 300) -> "pd.DataFrame":
-    """State of every run at or up to two folders below `path`, one row each, sorted by path.
-
-    Columns: path (relative to the argument), state, step, loss (of the last line of metrics.jsonl; NaN before the
-    first), seconds_since_write, message. States:
-
-        done         summary.json is there and sound
-        damaged      summary.json or metrics.jsonl is there but cannot be trusted; `message` says why
-        failed       failure.json is there and nothing was written to metrics.jsonl after it; `message` is its error
-        running      none of these, and some file of the folder was written in the last `alive_seconds`
-        unfinished   none of these: interrupted, will resume
-    """
-    import pandas as pd
-
-    root = _existing(path)
-    columns = ["path", "state", "step", "loss", "seconds_since_write", "message"]
-    rows = [_status(folder, root, alive_seconds) for folder in _run_folders(root)]
-    table = pd.DataFrame(rows, columns=columns)
-    return table.astype({"step": "Int64", "loss": "float64", "seconds_since_write": "float64"})
-
-
-def _status(folder: Path, root: Path, alive_seconds: int | float) -> tuple:
-    state, message, step, loss = "unfinished", "", None, math.nan
-    age = time.time() - max(file.stat().st_mtime for file in folder.iterdir() if file.is_file())
-    metrics, failure = folder / METRICS, folder / FAILURE
-    try:
-        if metrics.is_file() and (lines := _metric_lines(metrics)):
-            step, loss = lines[-1][1]["step"], lines[-1][1].get("loss")
-        if (folder / SUMMARY).is_file():
-            state, step = "done", read_summary(folder).get("steps", step)
-        elif failure.is_file() and not (metrics.is_file() and metrics.stat().st_mtime > failure.stat().st_mtime + 1):
-            state, message = "failed", _failure_message(failure)
-        elif age < alive_seconds:
-            state = "running"
-    except RecordError as error:
-        state, message = "damaged", str(error)
-    return folder.relative_to(root).as_posix(), state, step, math.nan if loss is None else loss, age, message
-
-
-def _failure_message(path: Path) -> str:
-    try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["error"])
-    except (ValueError, KeyError, TypeError) as error:
-        return f"{path.name} is damaged: {error!r}"
 
 
 def results_csv(df: "pd.DataFrame", path: str | os.PathLike) -> None:

@@ -5,27 +5,21 @@ Nothing here computes results: tables and sentences come from the records, figur
 
 import html
 import json
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nfnet_lib import PROJECT, paper
 from nfnet_lib.records import FAILURE, RecordError, collect, write_json
+from nfnet_lib.report_pages import finish_site, write_source
 
 if TYPE_CHECKING:
     import pandas as pd
 
 PUBLISHED = PROJECT / "outputs" / "published"
-ALL_RUN_PAGES = 40  # a study with more runs gets pages for its winners and its fine-tuning runs only
-FIGURES = {
-    "figure1": "Figure 1: fine-tuned error against pre-training compute, ours and the paper's points apart",
-    "figure2": "Figure 2: held-out loss against compute",
-    "figure3": "Figure 3: the best learning rate against the epoch budget",
-}
 
 
 def open_study(study_dir: str = "") -> tuple["pd.DataFrame", Path]:
@@ -168,18 +162,6 @@ def run_table(study_dir: Path) -> "pd.DataFrame":
     return pd.concat([table, pd.DataFrame(failed)], ignore_index=True) if failed else table
 
 
-def clean_notebook(notebook: dict[str, Any], roots: tuple[Path, ...] = (PROJECT,)) -> dict[str, Any]:
-    """`notebook` (its JSON) without machine paths: papermill's metadata dropped, `roots` and the interpreter's cut."""
-    notebook.get("metadata", {}).pop("papermill", None)
-    for cell in notebook.get("cells", []):
-        cell.get("metadata", {}).pop("papermill", None)
-    text = json.dumps(notebook)
-    for root in sorted({str(Path(r).resolve()) for r in (*roots, sys.prefix)}, key=len, reverse=True):
-        text = text.replace(json.dumps(root)[1:-1] + "/", "").replace(json.dumps(root)[1:-1], ".")
-    text = re.sub(r"/[\w/]+/ipykernel_\d+/\d+\.py", "cell", text)
-    return json.loads(text)
-
-
 def build_report(study_dir: str | Path) -> Path:
     """Build `study_dir`/report from the executed notebooks and return its index.html; the old report stays on failure.
 
@@ -190,33 +172,84 @@ def build_report(study_dir: str | Path) -> Path:
         raise FileNotFoundError(f"{study_dir}: no runs to report; `nfnet study` makes them")
     with tempfile.TemporaryDirectory(dir=study_dir, prefix=".report-") as temporary:
         source, site = Path(temporary) / "source", Path(temporary) / "site"
-        (source / "runs").mkdir(parents=True)
-        pages = _copy_pages(study_dir, source)
-        runs = _copy_runs(study_dir, source)
-        (source / "runs.md").write_text(_runs_page(study_dir, runs))
-        (source / "index.md").write_text(_front_page(study_dir, source, pages))
-        (source / "conf.py").write_text(_CONF)
-        (source / "_static").mkdir()
-        (source / "_static" / "report.css").write_text(_CSS)
-        (source / "_static" / "none.js").touch()
+        write_source(study_dir, source, front_page(study_dir), run_table(study_dir))
         done = subprocess.run(
             [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", str(source), str(site)],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         if done.returncode != 0:
             raise RuntimeError(f"report of {study_dir.name}: {done.stderr.strip()[-2000:]}")
-        shutil.rmtree(site / "_sources", ignore_errors=True)
-        shutil.rmtree(site / ".doctrees", ignore_errors=True)
-        shutil.rmtree(site / "_static" / "locales", ignore_errors=True)
-        for path in site.rglob("*.map"):  # for debugging the theme's scripts: a third of the site
-            path.unlink()
-        for page in site.rglob("*.html"):
-            page.write_text(_describe_images(page.read_text()))
+        finish_site(site)
         target, old = study_dir / "report", Path(temporary) / "old"
         if target.exists():
             target.rename(old)
         site.rename(target)
     return target / "index.html"
+
+
+QUESTION = (
+    "Do ConvNets need to give way to vision transformers at scale? The paper pre-trained NFNets on JFT-4B, with the learning"
+    " rate tuned for every size and epoch budget, and says no. Its code, tables, weights and data were never released; here the"
+    " same protocol runs on small NFNets and data that anyone can make."
+)
+FIGURES = {
+    "figure1": (
+        "Figure 1: fine-tuned error against pre-training compute",
+        "fine-tuned NFNets match vision transformers of equal pre-training compute on ImageNet (Figure 1). Its points and ours"
+        " are drawn apart: the scales differ by many orders of magnitude.",
+    ),
+    "figure2": (
+        "Figure 2: held-out loss against compute",
+        "held-out loss falls as a straight line in compute on log-log axes; model size and epochs grow together (Figure 2).",
+    ),
+    "figure3": (
+        "Figure 3: the best learning rate against the epoch budget",
+        "the best learning rate is easy to predict: it falls slowly with the epoch budget and with size (Figure 3).",
+    ),
+}
+NOT_REPRODUCED = (
+    "Anything at the scale of JFT-4B: the data set and the weights are not public.",
+    "The match with vision transformers at equal compute after fine-tuning on ImageNet: that needs both families pre-trained at"
+    " scale; 06_families compares small ones of our own.",
+    "Times on TPUs: core-hours of TPU v4 are by the paper's own formula, and nothing here has run on one.",
+)
+
+
+def front_page(study_dir: Path) -> str:
+    """The first page in Markdown: question, answer, figures beside the paper's claims, what is missing, provenance."""
+    lines = [
+        "# ConvNets at scale: a reproduction report", "",
+        "The open companion to *ConvNets Match Vision Transformers at Scale* (arXiv 2310.16764), at laptop scale.", "",
+        "## The question", "", QUESTION, "", "## The answer", "",
+    ]  # fmt: skip
+    records = collect(study_dir)
+    try:
+        lines += [f"- {text}" for text in answer(records)]
+        table = _markdown(comparison(records))
+    except ValueError as error:  # too few runs for a fit: the pages say what there is
+        lines += [f"There is no answer yet: {error}"]
+        table = ""
+    for name, (title, claim) in FIGURES.items():
+        picture = study_dir / "figures" / f"{name}.png"
+        if picture.exists():
+            lines += ["", f"## {title}", "", f"The paper: {claim}", "", f"![{title}]({name}.png)"]
+            if picture.with_suffix(".txt").exists():
+                lines += ["", f"Ours: {picture.with_suffix('.txt').read_text(encoding='utf-8').strip()}"]
+    if table:
+        lines += ["", "## Paper and ours", "", table]
+    lines += ["", "## Not reproduced", "", *(f"- {text}" for text in NOT_REPRODUCED)]
+    failed = run_table(study_dir).query("state != 'done'")
+    lines += [f"- {len(failed)} of this study's cells failed: see [every run](runs.md)."] if len(failed) else []
+    if len(records):
+        lines += ["", "## Where the numbers come from", "", _markdown(provenance(records))]
+    return "\n".join([*lines, ""])
+
+
+def _markdown(table: "pd.DataFrame") -> str:
+    """A table of texts with its index first."""
+    rows = [[table.index.name or "", *table.columns], ["-"] * (len(table.columns) + 1)]
+    rows += [[str(name), *map(str, values)] for name, values in zip(table.index, table.to_numpy(), strict=True)]
+    return "\n".join("| " + " | ".join(html.escape(text).replace("|", "\\|") for text in row) + " |" for row in rows)
 
 
 def publish(study_dir: str | Path, target: Path = PUBLISHED) -> Path:
@@ -248,132 +281,3 @@ def publish(study_dir: str | Path, target: Path = PUBLISHED) -> Path:
             target.rename(Path(temporary) / "old")
         fresh.rename(target)
     return target
-
-
-def _copy_pages(study_dir: Path, source: Path) -> list[str]:
-    """The executed analysis notebooks, cleaned; returns their names, the front one first."""
-    pages = []
-    for path in sorted((study_dir / "analysis").glob("[!.]*.ipynb")):
-        if not path.name.endswith(".partial.ipynb"):
-            _write_clean(
-                path, source / f"{path.stem}.ipynb" if path.stem != "index" else source / "overview.ipynb", study_dir
-            )
-            pages.append("overview" if path.stem == "index" else path.stem)
-    return sorted(pages, key=lambda name: (name != "overview", name != "04_scaling_laws", name))
-
-
-def _copy_runs(study_dir: Path, source: Path) -> dict[str, str]:
-    """Pages of runs, {run_id: page}; all of them, or in a large study the winners and the fine-tuning runs."""
-    records = collect(study_dir)
-    wanted = set(records["run_id"])
-    if len(wanted) > ALL_RUN_PAGES:
-        tuned = records[records["kind"] == "finetune"]
-        winners = records.sort_values("heldout_loss").groupby(["kind", "variant", "epoch_budget"]).head(1)
-        wanted = set(tuned["run_id"]) | set(winners["run_id"])
-    notebooks = {}
-    for row in records.to_dict("records"):
-        for name in (row["run_id"], row.get("cell_id")):  # a run's own notebook, or that of the search it belongs to
-            if name and (study_dir / name / "run.ipynb").exists():
-                notebooks[row["run_id"]] = name
-    made = {name for run_id, name in notebooks.items() if run_id in wanted}
-    for name in made:
-        _write_clean(study_dir / name / "run.ipynb", source / "runs" / f"{name}.ipynb", study_dir, title=name)
-    return {run_id: name for run_id, name in notebooks.items() if name in made}
-
-
-def _write_clean(path: Path, target: Path, study_dir: Path, title: str | None = None) -> None:
-    notebook = clean_notebook(json.loads(path.read_text()), (PROJECT, study_dir.parent))
-    for cell in notebook["cells"]:
-        outputs = cell.get("outputs", [])  # progress bars and warnings are for the run's log, not for a page
-        cell["outputs"] = [o for o in outputs if o.get("name") != "stderr"] if cell["cell_type"] == "code" else None
-        if cell["cell_type"] != "code":
-            cell.pop("outputs")
-    first = notebook["cells"][0]
-    if title and first["cell_type"] == "markdown":
-        text = first["source"] if isinstance(first["source"], str) else "".join(first["source"])
-        first["source"] = re.sub(r"^# .*", f"# {title}", text, count=1)
-    target.write_text(json.dumps(notebook))
-
-
-def _runs_page(study_dir: Path, pages: dict[str, str]) -> str:
-    table = run_table(study_dir)
-    lines = [
-        "# Every run",
-        "",
-        "Laptop scale. A run is linked to the executed notebook that made it.",
-        "",
-    ]
-    names = [c for c in table.columns if c != "run_id"]
-    lines += ["| run | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 1)]
-    for row in table.itertuples(index=False):
-        page = pages.get(row.run_id)
-        values = [f"[{row.run_id}](runs/{page}.ipynb)" if page else f"`{row.run_id}`"]
-        for name in names:
-            value = getattr(row, name)
-            text = "" if value != value else f"{value:.4g}" if isinstance(value, float) else str(value)
-            values.append(html.escape(text).replace("|", "\\|").replace("\n", " "))
-        lines.append("| " + " | ".join(values) + " |")
-    if pages:
-        lines += ["", "```{toctree}", ":hidden:", "", *(f"runs/{name}" for name in sorted(set(pages.values()))), "```"]
-    return "\n".join(lines) + "\n"
-
-
-def _front_page(study_dir: Path, source: Path, pages: list[str]) -> str:
-    """The answer in generated sentences, the three figures, and the contents."""
-    lines = [
-        "# ConvNets at scale: a reproduction report", "",
-        "The open companion to *ConvNets Match Vision Transformers at Scale* (arXiv 2310.16764), at laptop scale: the same",
-        "protocol on a family of small NFNets and data that anyone can make. Every page is an executed notebook.", "",
-    ]  # fmt: skip
-    try:
-        lines += [f"- {text}" for text in answer(collect(study_dir))]
-    except ValueError as error:  # too few runs for a fit: the pages say what there is
-        lines += [f"There is no answer yet: {error}"]
-    for name, title in FIGURES.items():
-        picture = study_dir / "figures" / f"{name}.png"
-        if picture.exists():
-            shutil.copy(picture, source / picture.name)
-            lines += ["", f"## {title}", "", f"![{title}]({name}.png)"]
-            if picture.with_suffix(".txt").exists():
-                lines += ["", picture.with_suffix(".txt").read_text(encoding="utf-8").strip()]
-    return "\n".join([*lines, "", "```{toctree}", ":hidden:", "", *pages, "runs", "```", ""])
-
-
-def _describe_images(page: str) -> str:
-    """Alternative texts say which figure it is: the nearest heading before it."""
-    heading = "figure"
-    out = []
-    for part in re.split(r"(<h[1-4][^>]*>.*?</h[1-4]>|<img [^>]*>)", page, flags=re.DOTALL):
-        if part.startswith("<h"):
-            heading = re.sub(r"<a class=\"headerlink\".*", "", part, flags=re.DOTALL)
-            heading = html.escape(html.unescape(re.sub(r"<[^>]+>", "", heading)).strip(), quote=True)
-        elif part.startswith("<img"):
-            part = re.sub(r'alt="[^"]*(?:_images|png)[^"]*"', f'alt="Figure: {heading}"', part)
-        out.append(part)
-    return "".join(out)
-
-
-_CONF = """
-project = "ConvNets at scale"
-author = "the companion's founders"
-html_context = {"default_mode": "auto"}
-extensions = ["myst_nb"]
-nb_execution_mode = "off"
-nb_render_markdown_format = "myst"
-html_theme = "sphinx_book_theme"
-html_title = "ConvNets at scale: reproduction report"
-html_static_path = ["_static"]
-html_css_files = ["report.css"]
-html_copy_source = False
-html_show_sourcelink = False
-html_theme_options = {"use_download_button": False, "use_fullscreen_button": False, "show_toc_level": 2}
-suppress_warnings = ["mystnb.unknown_mime_type", "misc.highlighting_failure"]
-nb_ipywidgets_js = {}
-nb_merge_streams = True
-mathjax_path = "none.js"  # nothing is typeset, so nothing is fetched
-"""
-_CSS = """
-table { display: block; overflow-x: auto; font-size: 0.85rem; }
-img { max-width: 100%; }
-pre { white-space: pre-wrap; }
-"""

@@ -1,195 +1,353 @@
 """A study: pre-training cells with the learning rate tuned in each, fine-tuning of the winners, analysis, report.
 
 Every cell (cell.run_cell) is an executed notebook and the records of its runs: a search of the learning rate, or one run.
+The steps of a study depend on each other as a graph; an engine runs those that can run, on this machine or on a cluster.
 What is done is skipped, so that a study killed at any moment goes on where it was, and ends with the same records.
 """
 
 import contextlib
-import fcntl
 import functools
-import os
-import queue
+import json
+import math
 import signal
-import threading
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nfnet_lib import flops
-from nfnet_lib.cell import NOTEBOOKS, CellFailed, cell_dir, execute, project_relative, run_cell
-from nfnet_lib.config import ConfigError, RunConfig, StudyConfig
+from nfnet_lib.cell import NOTEBOOKS, STOP, CellFailed, CellStopped, execute, finished, project_relative, run_cell
+from nfnet_lib.config import ConfigError, FinetuneConfig, PretrainConfig, RunConfig, StudyConfig
+from nfnet_lib.engine import Engine, first_ended, make_engine
+from nfnet_lib.locks import exclusive
 from nfnet_lib.records import collect, results_csv, write_json
+from nfnet_lib.tuning import known_loss
 from nfnet_lib.variants import VARIANTS
 
+GRACE_SECONDS = 60  # that interrupted runs get for a last checkpoint
 _FREE_TO_CHANGE = (
-    "workers", "memory_per_run_gb", "timeout_minutes", "notebooks", "finetune_cells", "comparison_seeds"
+    "workers", "cores_per_run", "memory_per_run_gb", "gpus_per_run", "tpu_slice", "platform", "timeout_minutes", "retries",
+    "notebooks", "finetune_cells", "comparison_seeds",
 )  # fmt: skip
 
 
-class Pool:
-    """A few threads, each of which waits for one run at a time on one core of its own."""
+class Work(NamedTuple):
+    """A call for an engine."""
 
-    def __init__(self, study: StudyConfig, study_dir: Path, say: Callable[[str], None]):
-        cores = sorted(os.sched_getaffinity(0))
-        memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-        fitting = max(1, int(memory_gb // study.memory_per_run_gb))
-        self.workers = min(study.workers or len(cores), len(cores), fitting)
-        self.failures: dict[str, str] = {}
-        self._study, self._dir, self._say = study, study_dir, say
-        self._cores: queue.SimpleQueue = queue.SimpleQueue()
-        for core in cores[: self.workers]:
-            self._cores.put(core)
-        self.stopping = threading.Event()
-
-    def run(self, config: RunConfig, lr_grid: Sequence[float] = ()) -> None:
-        """One cell (cell.run_cell); a failure is reported and remembered."""
-        if self.stopping.is_set():
-            raise KeyboardInterrupt
-        core = self._cores.get()
-        name = config.cell_id if lr_grid else config.run_id
-        try:
-            done = (cell_dir(config, self._dir, lr_grid) / "run.ipynb").exists()
-            clock = time.monotonic()
-            summary = run_cell(config, self._dir, lr_grid=lr_grid, core=core, timeout=60 * self._study.timeout_minutes)
-            took = "skipped: already done" if done else f"{time.monotonic() - clock:.0f} s"
-            best = f" at peak_lr {summary['config']['peak_lr']:g}" if lr_grid else ""
-            self._say(f"{name}: held-out loss {summary['heldout_loss']:.4f}{best} ({took})")
-        except CellFailed as error:
-            self.failures[name] = str(error)
-            self._say(f"{name}: FAILED: {error}")
-        finally:
-            self._cores.put(core)
-
-    def execute(self, name: str, parameters: dict[str, Any]) -> None:
-        """An analysis notebook that trains, on a core of its own; a failure is reported and remembered."""
-        if self.stopping.is_set():
-            raise KeyboardInterrupt
-        core = self._cores.get()
-        try:
-            timeout = 60 * self._study.timeout_minutes
-            self.failures |= _analyse(name, self._dir, self._say, parameters, core, timeout)
-        finally:
-            self._cores.put(core)
-
-    def map(self, function: Callable, items: list, done: Callable[[], None]) -> None:
-        """function(item) for all items, as many at a time as there are workers; an interrupt ends all of them."""
-        with ThreadPoolExecutor(self.workers) as executor:
-            futures = [executor.submit(function, item) for item in items]
-            try:
-                for future in as_completed(futures):
-                    future.result()
-                    done()
-            except BaseException:
-                self.stopping.set()
-                for future in futures:
-                    future.cancel()
-                raise
+    function: Callable
+    arguments: tuple
+    options: dict[str, Any]
 
 
-def run_study(study: StudyConfig, study_dir: Path) -> tuple[Path, dict[str, str]]:
-    """Run or resume a study; returns the report's path and {run or notebook: error} of what failed.
+class Done(NamedTuple):
+    """What a call would give that was made before."""
 
-    ConfigError if study_dir holds another study or is in use.
+    result: Any
+
+
+class Step(NamedTuple):
+    """One node of a study's graph.
+
+    make: called when all of `needs` have ended, well or not: the work that is left, why there can't be any (a failure), or
+    None where it needed no engine. told: what to say of the result, after so many seconds, or None if it was there.
+    """
+
+    name: str
+    needs: tuple[str, ...]
+    make: Callable[[], Work | Done | str | None]
+    told: Callable[[Any, float | None], str]
+
+
+class PretrainCell(NamedTuple):
+    """A variant at an epoch budget with a seed (None: that of the study's parameters), whose learning rate is tuned."""
+
+    variant: str
+    epoch_budget: float
+    seed: int | None
+
+    @property
+    def name(self) -> str:
+        seed = "" if self.seed is None else f"_s{self.seed}"
+        return f"{self.variant.replace('/', '-')}_ep{self.epoch_budget:g}{seed}"
+
+
+def pretrain_cells(study: StudyConfig) -> list[PretrainCell]:
+    """The grid of a study, the longest cell first: the workers stay busy to the end."""
+    cells = [
+        PretrainCell(variant, budget, seed)
+        for variant in study.variants
+        for budget in study.epoch_budgets
+        for seed in study.seeds or [None]
+    ]
+    return sorted(cells, key=lambda cell: -_macs(study, cell))
+
+
+def search_of(study: StudyConfig, cell: PretrainCell, study_dir: Path) -> tuple[PretrainConfig, list[float]] | None:
+    """(where the search of a cell's learning rate begins, the rates that it may try).
+
+    With lr_search="two_trials" that depends on the best rates of smaller cells: None where one that is needed is not done.
+    """
+    lr_grid, lr_start = study.learning_rates(cell.variant)
+    start = lr_start.get(cell.epoch_budget, lr_grid[len(lr_grid) // 2])
+    if study.lr_search == "two_trials" and (smaller := _smaller(study, cell)):
+        import pandas as pd
+
+        from nfnet_lib.rules import propose_lr
+
+        known = []
+        for other in smaller:
+            config = _searched(study, other, study_dir)
+            if config is None:
+                return None
+            known.append({
+                "forward_macs": flops.run_macs(config), "epoch_budget": other.epoch_budget, "best_lr": config.peak_lr,
+            })  # fmt: skip
+        start, second = propose_lr(pd.DataFrame(known), _size(study, cell), cell.epoch_budget, lr_grid)
+        lr_grid = sorted((start, second))
+    return study.pretrain_config(*cell[:2], start, cell.seed), lr_grid
+
+
+def _searched(study: StudyConfig, cell: PretrainCell, study_dir: Path) -> PretrainConfig | None:
+    """The config of a cell's best run; None where the cell is not done."""
+    found = search_of(study, cell, study_dir)
+    if found is None or (summary := finished(found[0], study_dir, found[1])) is None:
+        return None
+    return found[0].model_copy(update={"peak_lr": summary["config"]["peak_lr"]})
+
+
+def _smaller(study: StudyConfig, cell: PretrainCell) -> list[PretrainCell]:
+    """The cells whose best rates a two-trial search starts from: no larger in size and epochs, of the same family and seed."""
+    family = VARIANTS[cell.variant].family
+    return [
+        other
+        for other in pretrain_cells(study)
+        if other != cell and other.seed == cell.seed and other.epoch_budget <= cell.epoch_budget
+        and VARIANTS[other.variant].family == family and _size(study, other) <= _size(study, cell)
+    ]  # fmt: skip
+
+
+def _size(study: StudyConfig, cell: PretrainCell) -> int:
+    return flops.run_macs(study.pretrain_config(*cell[:2], study.learning_rates(cell.variant)[0][0], cell.seed))
+
+
+def _macs(study: StudyConfig, cell: PretrainCell) -> float:
+    return cell.epoch_budget * _size(study, cell)
+
+
+def run_study(
+    study: StudyConfig, study_dir: Path, *, engine: str = "local", address: str = "", only: Sequence[str] = ()
+) -> tuple[Path | None, dict[str, str]]:
+    """Run or resume a study; returns the report's path and {cell or notebook: error} of what failed.
+
+    engine: "local" or "ray", with the `address` of a cluster. only: names of pre-training cells (`PretrainCell.name`); nothing
+    else is run then, there is no report (None), and several such calls may share a folder. ConfigError if study_dir holds
+    another study, is in use, or a name is unknown.
     """
     from tqdm.auto import tqdm
 
     from nfnet_lib.data import load_sources
-    from nfnet_lib.report import build_report
 
     _refuse_other_study(study, study_dir)
-    cells = [(variant, budget) for variant in study.variants for budget in study.epoch_budgets]
-    cells.sort(key=lambda cell: -_cost(study, *cell))  # the longest first: the pool stays full to the end
-    for config in [study.pretrain_config(*cells[0], study.learning_rates(cells[0][0])[0][0])] + (
+    cells = pretrain_cells(study)
+    if unknown := set(only) - {cell.name for cell in cells}:
+        raise ConfigError(f"only: no cell {sorted(unknown)[0]!r}; known: {', '.join(cell.name for cell in cells)}")
+    runs_on = make_engine(
+        engine, workers=study.workers, cores_per_run=study.cores_per_run, memory_per_run_gb=study.memory_per_run_gb,
+        gpus_per_run=study.gpus_per_run, retries=study.retries, address=address,
+    )  # fmt: skip
+    if study.tpu_slice and engine != "ray":
+        raise ConfigError(
+            f"tpu_slice: {study.tpu_slice!r} with engine={engine!r}; slices are set apart by engine='ray'"
+        )
+    first = cells[0]
+    for config in [study.pretrain_config(*first[:2], study.learning_rates(first.variant)[0][0], first.seed)] + (
         [study.finetune_config(study.variants[0], "to-be-found", 1)] if study.finetune else []
     ):
         load_sources(config)  # an unknown or missing data set is refused here
     study_dir.mkdir(parents=True, exist_ok=True)
-    with _exclusive(study_dir), _interruptible(study_dir):
-        write_json(study_dir / "study.json", study.model_dump(mode="json"))
-        tuning = len(cells) if study.finetune_cells == "all" else len(study.variants)
-        tuning = tuning * len(study.finetune_augmults) if study.finetune else 0
-        with tqdm(total=len(cells) + tuning + len(study.notebooks) + 1, unit="cell", desc=study.name) as bar:
-            pool = Pool(study, study_dir, bar.write)
-            bar.write(f"{study.name}: {len(cells)} cells, {tuning} fine-tuning runs, {pool.workers} at a time")
-            pool.map(lambda cell: _run_pretraining(study, pool, *cell), cells, lambda: bar.update())
-            records = collect(study_dir)
-            if study.finetune:
-                pool.map(lambda job: job(), _finetuning_jobs(study, pool, records), lambda: bar.update())
-            failures = dict(pool.failures)
-            results_csv(collect(study_dir), study_dir / "results.csv")
-            for name in study.notebooks:
-                failures |= _analyse(name, study_dir, bar.write)
-                bar.update()
+    with exclusive(study_dir, "study", shared=bool(only)), _interruptible(study_dir, runs_on):
+        if not (study_dir / "study.json").exists() or not only:
+            write_json(study_dir / "study.json", study.model_dump(mode="json"))
+        steps = _graph(study, study_dir)
+        if only:
+            steps = [step for step in steps if step.name.partition("_lr")[0] in only]
+        with tqdm(total=len(steps) + (not only), unit="cell", desc=study.name) as bar:
+            bar.write(f"{study.name}: {len(steps)} steps, {runs_on.workers} at a time")
+            failures = _run_graph(steps, runs_on, bar.write, bar.update)
+            if only:
+                return None, failures
+            from nfnet_lib.report import build_report
+
             report = build_report(study_dir)
             bar.update()
     return report, failures
 
 
-def _run_pretraining(study: StudyConfig, pool: Pool, variant: str, budget: float) -> None:
-    lr_grid, lr_start = study.learning_rates(variant)
-    if study.lr_search == "grid":
-        for lr in lr_grid:
-            pool.run(study.pretrain_config(variant, budget, lr))
-        return
-    start = lr_start.get(budget, lr_grid[len(lr_grid) // 2])
-    pool.run(study.pretrain_config(variant, budget, start), lr_grid)
+def _graph(study: StudyConfig, study_dir: Path) -> list[Step]:
+    """Learning-rate searches, then fine-tuning of the winners, then the comparison and the analysis."""
+    cells, steps, of_cell = pretrain_cells(study), [], {}
+    for cell in cells:
+        if study.lr_search == "grid":  # no search: each rate is a run with a notebook of its own
+            rates = study.learning_rates(cell.variant)[0]
+            runs = [study.pretrain_config(*cell[:2], lr, cell.seed) for lr in rates]
+            steps += [_rate_step(study, study_dir, cell, config) for config in runs]
+            of_cell[cell] = tuple(step.name for step in steps[-len(runs) :])
+        else:
+            needs = tuple(other.name for other in _smaller(study, cell)) if study.lr_search == "two_trials" else ()
+            steps.append(_search_step(study, study_dir, cell, needs))
+            of_cell[cell] = (cell.name,)
+    tuned = _finetuning_steps(study, study_dir, of_cell)
+    steps += tuned
+    if study.comparison_seeds and (compared := [step for step in tuned if step.name.endswith("_ra1")]):
+        steps.append(
+            _comparison_step(study, study_dir, compared[0].name, [c for c in cells if c.variant == study.variants[0]])
+        )
+    runs = tuple(step.name for step in steps)
+
+    def table() -> None:
+        results_csv(collect(study_dir), study_dir / "results.csv")
+
+    steps.append(Step("results.csv", runs, table, lambda *_: ""))
+    return steps + [
+        Step(name, ("results.csv",), functools.partial(_notebook, study, study_dir, name, {}, "cpu"), _executed(name))
+        for name in study.notebooks
+    ]
 
 
-def _finetuning_jobs(study: StudyConfig, pool: Pool, records) -> list[Callable[[], None]]:
-    """A job for each fine-tuning run; that of the first variant is followed by the comparison of recipes, if there is one."""
-    configs = _finetuning(study, records)
-    jobs: list[Callable[[], None]] = []
-    compared = [config for config in configs if config.variant == study.variants[0] and config.augmult == 1][:1]
-    for config in compared if study.comparison_seeds else ():
-        configs.remove(config)
+def _search_step(study: StudyConfig, study_dir: Path, cell: PretrainCell, needs: tuple[str, ...]) -> Step:
+    def make() -> Work | Done | str:
+        found = search_of(study, cell, study_dir)
+        if found is None:
+            return "not run: a smaller cell, whose best learning rate the search starts from, is not done"
+        return _cell(study, study_dir, *found)
 
-        def job(config=config) -> None:
-            pool.run(config)
-            parameters = config.model_dump(mode="json", exclude={"kind"})
-            pool.execute("03_finetune", parameters | {"comparison_seeds": study.comparison_seeds})
-
-        jobs.append(job)
-    return jobs + [functools.partial(pool.run, config) for config in configs]
+    return Step(cell.name, needs, make, functools.partial(_result, cell.name, searched=True))
 
 
-def _finetuning(study: StudyConfig, records) -> list[RunConfig]:
-    """Fine-tuning configs of the best pre-training run, by held-out loss, of each variant, or of each cell."""
-    runs = records[records["kind"] == "pretrain"] if len(records) else records
-    configs = []
-    for variant in study.variants:
-        own = runs[runs["variant"] == variant].sort_values(["heldout_loss", "run_id"]) if len(runs) else runs
-        if len(own):
-            own = own.drop_duplicates("epoch_budget") if study.finetune_cells == "all" else own.head(1)
-            configs += [study.finetune_config(variant, i, k) for i in own["run_id"] for k in study.finetune_augmults]
-    # The two runs of a variant share a compiled program: apart in time, the second finds it.
-    size = {variant: flops.num_params(VARIANTS[variant], 10) for variant in study.variants}
-    return sorted(configs, key=lambda config: (config.augmult, -size[config.variant]))
+def _rate_step(study: StudyConfig, study_dir: Path, cell: PretrainCell, config: PretrainConfig) -> Step:
+    name = f"{cell.name}_lr{config.peak_lr:g}"
+
+    def make() -> Work | Done:
+        diverged = known_loss(config, study_dir) == math.inf
+        return Done({"heldout_loss": math.inf}) if diverged else _cell(study, study_dir, config)
+
+    return Step(name, (), make, functools.partial(_result, name))
 
 
-def _analyse(
-    name: str, study_dir: Path, say: Callable[[str], None], parameters: dict[str, Any] | None = None,
-    core: int | None = None, timeout: float | int = 600,
-) -> dict[str, str]:  # fmt: skip
-    try:
-        execute(NOTEBOOKS / f"{name}.ipynb", study_dir / "analysis" / f"{name}.ipynb",
-                (parameters or {}) | {"study_dir": project_relative(study_dir)}, core=core, timeout=timeout)  # fmt: skip
-        say(f"{name}: executed")
-        return {}
-    except CellFailed as error:
-        say(f"{name}: FAILED: {error}")
-        return {name: str(error)}
+def _finetuning_steps(study: StudyConfig, study_dir: Path, of_cell: dict[PretrainCell, tuple[str, ...]]) -> list[Step]:
+    """A step for each fine-tuning run: of the best pre-training run, by held-out loss, of each variant, or of each cell."""
+    steps = []
+    for variant in study.variants if study.finetune is not None else ():
+        for budget in study.epoch_budgets if study.finetune_cells == "all" else [None]:
+            origins = [c for c in of_cell if c.variant == variant and budget in (None, c.epoch_budget)]
+            needs = tuple(name for cell in origins for name in of_cell[cell])
+            for augmult in study.finetune_augmults:
+                name = f"finetune_{variant.replace('/', '-')}{'' if budget is None else f'_ep{budget:g}'}_ra{augmult}"
+
+                def make(origins=origins, variant=variant, augmult=augmult) -> Work | Done | str:
+                    config = _winner(study, study_dir, origins, variant, augmult)
+                    return config if isinstance(config, str) else _cell(study, study_dir, config)
+
+                steps.append(Step(name, needs, make, functools.partial(_result, name)))
+    return steps
 
 
-def _cost(study: StudyConfig, variant: str, budget: float) -> float:
-    config = study.pretrain_config(variant, budget, study.learning_rates(variant)[0][0])
-    return budget * flops.forward_macs(config.architecture, config.resolution, config.num_classes)
+def _comparison_step(study: StudyConfig, study_dir: Path, needs: str, origins: list[PretrainCell]) -> Step:
+    """Ways of fine-tuning the first variant, in the notebook of its run, executed once more."""
+
+    def make() -> Work | str:
+        config = _winner(study, study_dir, origins, study.variants[0], 1)
+        if isinstance(config, str):
+            return config
+        parameters = config.model_dump(mode="json", exclude={"kind"}) | {"comparison_seeds": study.comparison_seeds}
+        return _notebook(study, study_dir, "03_finetune", parameters, study.platform)
+
+    return Step("03_finetune", (needs,), make, _executed("03_finetune"))
+
+
+def _winner(
+    study: StudyConfig, study_dir: Path, origins: list[PretrainCell], variant: str, augmult: int
+) -> FinetuneConfig | str:
+    """The fine-tuning config of the best finished run of these cells; a sentence where there is none."""
+    runs = collect(study_dir)
+    runs = runs[(runs["kind"] == "pretrain") & (runs["variant"] == variant)] if len(runs) else runs
+    if len(runs):
+        runs = runs[runs["epoch_budget"].isin([cell.epoch_budget for cell in origins])]
+    if not len(runs):
+        return f"not run: no pre-training run of {variant} is done"
+    best = runs.sort_values(["heldout_loss", "run_id"]).iloc[0]
+    return study.finetune_config(variant, best["run_id"], augmult)
+
+
+def _cell(study: StudyConfig, study_dir: Path, config: RunConfig, lr_grid: Sequence[float] = ()) -> Work | Done:
+    """What is left to do for a cell."""
+    done = finished(config, study_dir, lr_grid)
+    if done is not None:
+        return Done(done)
+    options: dict[str, Any] = {
+        "lr_grid": tuple(lr_grid), "timeout": 60 * study.timeout_minutes, "platform": study.platform, "retries": study.retries,
+    }  # fmt: skip
+    return Work(run_cell, (config, study_dir), options | ({"tpu_slice": study.tpu_slice} if study.tpu_slice else {}))
+
+
+def _notebook(study: StudyConfig, study_dir: Path, name: str, parameters: dict[str, Any], platform: str) -> Work:
+    """The execution of an analysis notebook."""
+    parameters = parameters | {"study_dir": project_relative(study_dir)}
+    arguments = (NOTEBOOKS / f"{name}.ipynb", study_dir / "analysis" / f"{name}.ipynb", parameters)
+    return Work(execute, arguments, {"timeout": 60 * study.timeout_minutes, "platform": platform})
+
+
+def _result(name: str, summary: dict[str, Any], took: float | None, searched: bool = False) -> str:
+    best = f" at peak_lr {summary['config']['peak_lr']:g}" if searched else ""
+    return f"{name}: held-out loss {summary['heldout_loss']:.4f}{best} " + (
+        "(skipped: already done)" if took is None else f"({took:.0f} s)"
+    )
+
+
+def _executed(name: str) -> Callable[[Any, float | None], str]:
+    return lambda _, took: f"{name}: executed ({took:.0f} s)"
+
+
+def _run_graph(
+    steps: list[Step], engine: Engine, say: Callable[[str], None], progress: Callable[[], Any]
+) -> dict[str, str]:
+    """Run every step when those that it needs have ended; {name: error} of those that failed."""
+    waiting, running, failures = {step.name: step for step in steps}, {}, {}
+
+    def ended(name: str, text: str) -> None:
+        if text:
+            say(text)
+        progress()
+
+    while waiting or running:
+        busy = set(waiting) | {step.name for step, _ in running.values()}
+        for step in [step for step in waiting.values() if busy.isdisjoint(step.needs)]:
+            del waiting[step.name]
+            made = step.make()
+            if isinstance(made, Work):
+                future = engine.submit(made.function, *made.arguments, **made.options)
+                running[future] = (step, time.monotonic())
+                continue
+            if isinstance(made, str):
+                failures[step.name] = made
+            ended(
+                step.name,
+                f"{step.name}: {made}" if isinstance(made, str) else step.told(made.result, None) if made else "",
+            )
+        for future in first_ended(running) if running else ():
+            step, started = running.pop(future)
+            try:
+                ended(step.name, step.told(future.result(), time.monotonic() - started))
+            except CellStopped as error:  # somebody put a STOP file into the study's folder
+                raise KeyboardInterrupt from error
+            except CellFailed as error:
+                failures[step.name] = str(error)
+                ended(step.name, f"{step.name}: FAILED: {error}")
+    return failures
 
 
 def _refuse_other_study(study: StudyConfig, study_dir: Path) -> None:
-    import json
-
     path = study_dir / "study.json"
     if not path.exists():
         return
@@ -204,28 +362,28 @@ def _refuse_other_study(study: StudyConfig, study_dir: Path) -> None:
 
 
 @contextlib.contextmanager
-def _exclusive(study_dir: Path) -> Iterator[None]:
-    with (study_dir / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"study: another process is running {project_relative(study_dir)}") from None
-        yield
+def _interruptible(study_dir: Path, engine: Engine) -> Iterator[None]:
+    """On SIGINT or SIGTERM ask every run for a last checkpoint (a kernel never gets the signal itself); then again, end now."""
+    stop = study_dir / STOP
+    stop.unlink(missing_ok=True)
+    asked: list[int] = []
 
-
-@contextlib.contextmanager
-def _interruptible(study_dir: Path) -> Iterator[None]:
-    """On SIGINT or SIGTERM ask every run for a last checkpoint (a kernel never gets the signal itself), then go."""
-
-    def stop(*_):
-        for params in study_dir.glob("*/params.json"):
-            if not (params.parent / "summary.json").exists():
-                (params.parent / "STOP").touch()
+    def handle(*_) -> None:
+        asked.append(1)
+        stop.touch()
+        if len(asked) == 1:
+            print(
+                f"stopping: runs get {GRACE_SECONDS} s for a last checkpoint; once more ends them now", file=sys.stderr
+            )
         raise KeyboardInterrupt
 
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        try:
+            engine.close(GRACE_SECONDS if asked else 0)
+        finally:
+            stop.unlink(missing_ok=True)
+            for number, handler in previous.items():
+                signal.signal(number, handler)

@@ -5,7 +5,6 @@ one without resumes from its newest sound checkpoint, and ends with the numbers 
 """
 
 import contextlib
-import fcntl
 import itertools
 import json
 import signal
@@ -24,13 +23,15 @@ from nfnet_lib.checkpoint import Checkpoints
 from nfnet_lib.config import ConfigError, FinetuneConfig, PretrainConfig, RunConfig, config_from_params
 from nfnet_lib.data import QUARANTINE, Quarantine, load_sources, make_sampler, run_batches, selection_source
 from nfnet_lib.loader import LoaderError, on_device
+from nfnet_lib.locks import exclusive
 from nfnet_lib.program import EVAL_BATCH, PROGRAM_PARAMETERS, Programs, evaluate, programs
 from nfnet_lib.records import FAILURE, PARAMS, SUMMARY, MetricsWriter, read_metrics, read_summary, write_json
 from nfnet_lib.selection import Selection
 from nfnet_lib.sources import cached
+from nfnet_lib.tensorboard import EventWriter
 from nfnet_lib.weights import load_pretrained, save_params, transfer
 
-STOP = "STOP"  # a file of this name in the run folder asks for one more checkpoint and a clean end
+STOP = "STOP"  # a file of this name in the run folder, or the study's, asks for one more checkpoint and a clean end
 LOCK_SECONDS = 60
 
 
@@ -63,7 +64,7 @@ def run(config: RunConfig, out_dir: str | Path, *, cache_dir: str | Path | None 
         _compilation_cache(Path(cache_dir))
         train_source, heldout_source = (cached(s, Path(cache_dir) / "images") for s in (train_source, heldout_source))
     with contextlib.ExitStack() as held:
-        _agree(lambda: held.enter_context(_lock(out_dir)))
+        _agree(lambda: held.enter_context(exclusive(out_dir, "out_dir", LOCK_SECONDS)))
         if summary := distributed.told(_finished(out_dir)):
             return summary
         if distributed.is_primary():
@@ -89,6 +90,8 @@ def small_pretraining(variant: str, study_dir: Path = PROJECT / "outputs" / "by_
 
 def _train(config, out_dir, train_source, heldout_source, sampler, initial, asked, progress) -> dict[str, Any]:
     started, clock, primary = provenance.now(), time.perf_counter(), distributed.is_primary()
+    # One that is there already was meant for others.
+    stop_files = [file for file in (out_dir / STOP, out_dir.parent / STOP) if not file.exists()]
     each = [getattr(source, "labels_per_example", 1) for source in (train_source, heldout_source)]
     program = programs(
         tuple((name, getattr(config, name)) for name in PROGRAM_PARAMETERS), tuple(config.model_settings.items()),
@@ -143,6 +146,7 @@ def _train(config, out_dir, train_source, heldout_source, sampler, initial, aske
         loop_clock = time.perf_counter()
         compile_seconds = loop_clock - clock
         writer = stack.enter_context(MetricsWriter(out_dir / "metrics.jsonl", last_step=begin)) if primary else None
+        events = stack.enter_context(EventWriter(out_dir, last_step=begin)) if primary else None
         bar = stack.enter_context(_progress(config, begin, progress and primary))
 
         def read(metrics: dict, number: int, heldout: dict | None = None) -> None:
@@ -152,11 +156,12 @@ def _train(config, out_dir, train_source, heldout_source, sampler, initial, aske
                 raise NonFiniteLoss(f"the loss is {loss} at step {number} of {config.steps}; a lower peak_lr may help")
             if writer is not None and (number in log_at or heldout):
                 rate = (number - begin) * config.batch_size / (time.perf_counter() - loop_clock)
-                writer.write(
-                    number, epoch=number * config.batch_size / config.examples_per_epoch, loss=loss,
-                    lr=float(metrics["lr"]), grad_norm=float(metrics["grad_norm"]), images_per_second=round(rate, 1),
-                    **(heldout or {}),
-                )  # fmt: skip
+                line = {
+                    "epoch": number * config.batch_size / config.examples_per_epoch, "loss": loss, "lr": float(metrics["lr"]),
+                    "grad_norm": float(metrics["grad_norm"]), "images_per_second": round(rate, 1), **(heldout or {}),
+                }  # fmt: skip
+                writer.write(number, **line)
+                events.write(number, **line)
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update(config.batch_size)
 
@@ -170,7 +175,7 @@ def _train(config, out_dir, train_source, heldout_source, sampler, initial, aske
             if pending is not None:
                 read(pending, number - 1)
             pending = metrics
-            stopping = _asked_to_stop(asked, out_dir, number)
+            stopping = _asked_to_stop(asked, stop_files, number)
             results = evaluated(state, number) if number in eval_at else None
             if results or number in save_at or stopping:
                 read(pending, number, results)
@@ -241,9 +246,9 @@ def _restored(checkpoints: Checkpoints | None, state) -> tuple[int, Any, dict] |
     return found["step"], distributed.told_arrays(saved), found["record"]
 
 
-def _asked_to_stop(asked: threading.Event, out_dir: Path, number: int) -> bool:
+def _asked_to_stop(asked: threading.Event, stop_files: list[Path], number: int) -> bool:
     """Whether this step is to be the last for now; several processes ask each other every few steps."""
-    own = asked.is_set() or (distributed.is_primary() and (out_dir / STOP).exists())
+    own = asked.is_set() or (distributed.is_primary() and any(file.exists() for file in stop_files))
     if jax.process_count() == 1:
         return own
     return number % distributed.AGREE_EVERY == 0 and any(distributed.gathered(own))
@@ -306,22 +311,6 @@ def _compilation_cache(folder: Path) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-@contextlib.contextmanager
-def _lock(out_dir: Path) -> Iterator[None]:
-    """One process a run folder; the lock ends with its holder, however that dies."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    with (out_dir / ".lock").open("w") as file:
-        for attempt in range(LOCK_SECONDS * 4):
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if attempt == LOCK_SECONDS * 4 - 1:
-                    raise ConfigError(f"out_dir: another process is running {out_dir.name}") from None
-                time.sleep(0.25)
-        yield
-
-
 def _spread(points: int, steps: int) -> set[int]:
     """At most `points` step numbers, evenly spread, the last one `steps`."""
     return {round((i + 1) * steps / min(points, steps)) for i in range(min(points, steps))}
@@ -337,7 +326,8 @@ def _progress(config: RunConfig, begin: int, shown: bool):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`python -m nfnet_lib.train params.yaml --out DIR`; exit codes 0 done, 1 bad data, 2 bad parameters, 75 stopped."""
+    """`python -m nfnet_lib.train params.yaml --out DIR`; exit codes 0 done, 1 bad data, 2 bad parameters, 3 diverged,
+    75 stopped."""
     import argparse
 
     import yaml
@@ -365,6 +355,11 @@ def main(argv: list[str] | None = None) -> int:
     except LoaderError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except NonFiniteLoss as error:
+        if distributed.is_primary():
+            write_json(arguments.out / FAILURE, {"error": str(error), "diverged": True})
+        print(f"error: {error}", file=sys.stderr)
+        return 3
     except Stopped as stop:
         print(stop, file=sys.stderr)
         return 75

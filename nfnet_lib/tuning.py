@@ -84,21 +84,32 @@ def table(losses: dict[float, float]) -> "pd.DataFrame":
 
 def tuned_already(config: RunConfig, lr_grid: list[float], study_dir: Path) -> dict | None:
     """Summary of the best run of a cell whose search is complete in study_dir; None where a run is missing."""
+    losses, missing = _search_on_record(config, lr_grid, study_dir)
+    return None if missing else read_summary(study_dir / at_lr(config, min(losses, key=losses.get)).run_id)
+
+
+def missing_run(config: RunConfig, lr_grid: list[float], study_dir: Path) -> RunConfig | None:
+    """The run that a cell's search in study_dir asks for next; None where it is complete."""
+    return _search_on_record(config, lr_grid, study_dir)[1]
+
+
+def _search_on_record(config: RunConfig, lr_grid: list[float], study_dir: Path) -> tuple[dict, RunConfig | None]:
+    """({peak_lr: loss}, None) of a complete search; ({}, the first run that is missing) of another."""
 
     class Missing(Exception):
         pass
 
     def loss_of(lr: float) -> float:
-        loss = known_loss(at_lr(config, lr), study_dir)
+        trial = at_lr(config, lr)
+        loss = known_loss(trial, study_dir)
         if loss is None:
-            raise Missing
+            raise Missing(trial)
         return loss
 
     try:
-        losses = _search(config, lr_grid, loss_of)
-    except Missing:
-        return None
-    return read_summary(study_dir / at_lr(config, min(losses, key=losses.get)).run_id)
+        return _search(config, lr_grid, loss_of), None
+    except Missing as missing:
+        return {}, missing.args[0]
 
 
 def known_loss(config: RunConfig, study_dir: Path) -> float | None:

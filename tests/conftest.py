@@ -4,3 +4,21 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX_PLATFORMS=cuda pytest ... runs the same tests on an accelerator
 os.environ["MPLBACKEND"] = "Agg"
+
+import pytest
+from synthetic import finetune_summaries, pretrain_summaries, write_runs
+
+from nfnet_lib.cell import NOTEBOOKS, execute
+
+
+@pytest.fixture(scope="session")
+def planted_study(tmp_path_factory):
+    """A finished study with a known law, its analysis executed; one of its cells failed, with markup in its error."""
+    folder = tmp_path_factory.mktemp("work") / "planted"
+    runs = pretrain_summaries(noise=0.01)
+    write_runs(folder, [*runs, *finetune_summaries(runs[-4:])])
+    for name in ("index", "04_scaling_laws", "05_compare"):
+        execute(NOTEBOOKS / f"{name}.ipynb", folder / "analysis" / f"{name}.ipynb", {"study_dir": str(folder)})
+    (folder / "broken").mkdir()
+    (folder / "broken" / "failure.json").write_text('{"error": "<script>alert(1)</script> | lost", "traceback": ""}')
+    return folder

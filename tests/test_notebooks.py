@@ -6,12 +6,12 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from synthetic import finetune_summaries, pretrain_summaries, summary, write_runs
+from synthetic import summary, write_runs
 
-from nfnet_lib.cell import execute
 from nfnet_lib.config import FinetuneConfig, PretrainConfig
 from nfnet_lib.records import RecordError, write_json
-from nfnet_lib.report import build_report, clean_notebook, publish
+from nfnet_lib.report import build_report, publish
+from nfnet_lib.report_pages import clean_notebook
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
@@ -51,41 +51,27 @@ def test_parameters_are_the_config(name, config):
             assert node.annotation.id == wanted, key
 
 
-@pytest.fixture(scope="module")
-def study(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("work") / "planted"
-    runs = pretrain_summaries(noise=0.01)
-    write_runs(folder, [*runs, *finetune_summaries(runs[-4:])])
-    for name in ("index", "04_scaling_laws", "05_compare"):
-        execute(
-            NOTEBOOKS[0].parent / f"{name}.ipynb", folder / "analysis" / f"{name}.ipynb", {"study_dir": str(folder)}
-        )
-    (folder / "broken").mkdir()
-    (folder / "broken" / "failure.json").write_text('{"error": "<script>alert(1)</script> | lost", "traceback": ""}')
-    return folder
-
-
-def test_analysis_shows_figures_and_sentences(study):
+def test_analysis_shows_figures_and_sentences(planted_study):
     for number in (1, 2, 3):
         assert all(
-            (study / "figures" / f"figure{number}.{suffix}").stat().st_size > 500 for suffix in ("svg", "png", "csv")
+            (planted_study / "figures" / f"figure{number}.{suffix}").stat().st_size > 500 for suffix in ("svg", "png", "csv")
         )
-    text = (study / "analysis" / "04_scaling_laws.ipynb").read_text()
+    text = (planted_study / "analysis" / "04_scaling_laws.ipynb").read_text()
     assert text.count('"image/png"') == 3 and "Power law: loss" in text
 
 
-def test_the_report_is_whole_and_needs_no_network(study):
-    index = build_report(study)
+def test_the_report_is_whole_and_needs_no_network(planted_study):
+    index = build_report(planted_study)
     pages = {path.name: path.read_text() for path in index.parent.glob("*.html")}
     assert {"index.html", "overview.html", "04_scaling_laws.html", "05_compare.html", "runs.html"} <= set(pages)
     assert pages["index.html"].count("<img") >= 3
     for name, page in pages.items():
         for kind in ('src="http', 'src="//', '<link href="http', "url(http"):
             assert kind not in page, (name, kind)
-        assert str(study) not in page and str(Path.cwd()) not in page, name
+        assert str(planted_study) not in page and str(Path.cwd()) not in page, name
         assert "<script>alert(1)" not in page
     assert "failed: &lt;script&gt;" in pages["runs.html"] or "failed: &amp;lt;script" in pages["runs.html"]
-    assert build_report(study) == index, "again, over the old one"
+    assert build_report(planted_study) == index, "again, over the old one"
 
 
 def test_cleaning_cuts_paths():

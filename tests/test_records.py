@@ -10,7 +10,7 @@ import synthetic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nfnet_lib import records
+from nfnet_lib import records, status
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_status_tells_the_five_states_apart(tmp_path):
         records.write_json(tmp_path / name / "failure.json", {"error": "loss is nan", "traceback": ""})
     os.utime(tmp_path / "stopped" / "metrics.jsonl", (1e9, 1e9))
     os.utime(tmp_path / "resumed" / "failure.json", (1e9, 1e9))
-    table = records.status_table(tmp_path).set_index("path")
+    table = status.status_table(tmp_path).set_index("path")
     assert table["state"].to_dict() == {
         "done": "done", "harmed": "damaged", "running": "running", "stopped": "unfinished", "failed": "failed",
         "resumed": "running",
@@ -149,7 +149,7 @@ def test_status_tells_the_five_states_apart(tmp_path):
 
 
 def test_status_of_an_empty_folder(tmp_path):
-    assert records.status_table(tmp_path).empty
+    assert status.status_table(tmp_path).empty
 
 
 # -------------------------------------------------------------------------------------------------------------- files

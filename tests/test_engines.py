@@ -1,0 +1,149 @@
+"""Both engines keep one promise: what is killed is done again, what fails is told and resumed, nothing is left behind."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import kill_study
+import psutil
+import pytest
+
+from nfnet_lib import engine
+from nfnet_lib.cli import main
+from nfnet_lib.config import ConfigError, StudyConfig
+from nfnet_lib.study import pretrain_cells, search_of
+
+SMALLEST = """
+study:
+  name: smallest
+  pretrain: {num_classes: 4, image_size: 16, resolution: 16, eval_resolution: 16, examples_per_epoch: 1024,
+             heldout_examples: 16, batch_size: 16, checkpoints: 4}
+  variants: [F0-mini]
+  epoch_budgets: [1, 2]
+  lr_grid: [0.05, 0.1]
+  notebooks: []
+"""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The study's file and the folder of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("engines")
+    (folder / "study.yaml").write_text(SMALLEST)
+    assert main(["study", str(folder / "study.yaml"), "--out", str(folder / "out")]) == 0
+    return folder / "study.yaml", folder / "out"
+
+
+def start(path, out, *options):
+    """`nfnet study` in a process of its own, with the compiled programs of the undisturbed study."""
+    command = [sys.executable, "-m", "nfnet_lib.cli", "study", str(path), "--out", str(out), *options]
+    log = out.with_suffix(".log").open("w")
+    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=Path(__file__).parent.parent)
+
+
+def descendants(process, words):
+    """Descendants whose command has one of `words`."""
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        try:
+            if any(word in " ".join(child.cmdline()) for word in words):
+                found.append(child)
+        except psutil.Error:  # it has just ended
+            continue
+    return found
+
+
+def until(condition, seconds=120):
+    """What `condition` gives as soon as it gives anything."""
+    for _ in range(int(10 * seconds)):
+        if found := condition():
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"nothing within {seconds} s")
+
+
+def blocked_run(path, out):
+    """Where the first run of the longer cell will want its folder."""
+    study = StudyConfig.from_file(path)
+    config, _ = search_of(study, pretrain_cells(study)[0], out)
+    return out / config.run_id
+
+
+@pytest.mark.parametrize("name", engine.ENGINES)
+def test_killed_failed_and_resumed(name, undisturbed, tmp_path):
+    path, reference = undisturbed
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copytree(reference / ".cache", out / ".cache")
+    blocked = blocked_run(path, out)
+    blocked.write_text("a file where a folder must be")
+    process = start(path, out, "--engine", name)
+    victims = ["nfnet_lib.cell"] if name == "local" else ["nfnet_lib.cell", "ray::on_own_cores"]
+    for word in victims:  # a cell's process, and with Ray a worker as well, while a run is under way
+        until(lambda: list(out.glob("pretrain_*ep1_*/.lock")) and descendants(process, ["nfnet_lib.cell"]))
+        for victim in until(lambda word=word: descendants(process, [word])):
+            victim.kill()
+    everyone = psutil.Process(process.pid).children(recursive=True)
+    assert process.wait() == 1
+    log = out.with_suffix(".log").read_text()
+    assert "F0-mini_ep2: FAILED: " in log and "F0-mini_ep1: held-out loss" in log
+    (failure,) = out.glob("*_tuned_*/failure.json")
+    assert "FileExistsError" in failure.read_text() and "ep2" in failure.parent.name
+    assert (failure.parent / "run.partial.ipynb").exists() and not (failure.parent / "run.ipynb").exists()
+    _, alive = psutil.wait_procs(everyone, timeout=20)
+    assert not alive, "nothing outlives a study"
+    blocked.unlink()
+    assert start(path, out, "--engine", name).wait() == 0
+    assert "F0-mini_ep1: held-out loss" in out.with_suffix(".log").read_text()
+    assert "(skipped: already done)" in out.with_suffix(".log").read_text()
+    assert not kill_study.differences(kill_study.records(reference), kill_study.records(out))
+    assert not list(out.glob("*/failure.json"))
+
+
+@pytest.mark.parametrize("name", engine.ENGINES)
+def test_ctrl_c_leaves_a_checkpoint_and_no_process(name, undisturbed, tmp_path):
+    path, reference = undisturbed
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copytree(reference / ".cache", out / ".cache")
+    process = start(path, out, "--engine", name, "-p", "pretrain.examples_per_epoch=65536", "-p", "pretrain.checkpoints=1")
+    until(lambda: any(file.stat().st_size for file in out.glob("*/metrics.jsonl")))
+    everyone = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(90) == 130
+    _, alive = psutil.wait_procs(everyone, timeout=20)
+    assert not alive and not (out / "STOP").exists()
+    assert list(out.glob("*/checkpoints/[0-9]*")), "a run that was under way saved where it was"
+    assert not list(out.glob("*/failure.json")) and not list(out.glob("*/summary.json"))
+
+
+def test_cores_belong_to_one_call_at_a_time():
+    available = len(os.sched_getaffinity(0))
+    with engine.own_cores(1) as first, engine.own_cores(0) as none:
+        assert len(first) == 1 and none == []
+        if available > 1:
+            with engine.own_cores(1) as second:
+                assert set(first).isdisjoint(second)
+    with engine.own_cores(available + 5) as everything:
+        assert sorted(everything) == sorted(os.sched_getaffinity(0))
+
+
+def test_engines_that_are_not():
+    room = {"workers": 1, "cores_per_run": 1, "memory_per_run_gb": 1}
+    with pytest.raises(ConfigError, match="engine: 'slurm' is not one of local, ray"):
+        engine.make_engine("slurm", **room)
+    with pytest.raises(ConfigError, match="address: 'x:1' with engine='local'"):
+        engine.make_engine("local", address="x:1", **room)
+
+
+def test_only_one_cell_and_slices_need_ray(undisturbed, tmp_path, capsys):
+    path, _ = undisturbed
+    assert main(["study", str(path), "--out", str(tmp_path / "a"), "--only", "F0-mini_ep3"]) == 2
+    assert "known: F0-mini_ep2, F0-mini_ep1" in capsys.readouterr().err
+    assert main(["study", str(path), "--out", str(tmp_path / "a"), "-p", "tpu_slice=v4:2x2x2"]) == 2
+    assert "set apart by engine='ray'" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()

@@ -1,0 +1,95 @@
+"""A cluster of nodes on one machine: a study across two of them, one killed in the middle, and a TPU slice a run.
+
+The nodes are processes of their own that talk over loopback. The TPU hosts are nodes with the labels and resources of such;
+their devices are CPUs.
+"""
+
+import json
+import os
+import time
+
+import kill_study
+import pytest
+
+from nfnet_lib.config import ConfigError, StudyConfig
+from nfnet_lib.study import run_study
+
+pytestmark = pytest.mark.slow
+
+SMALLEST = """
+study:
+  name: clustered
+  pretrain: {num_classes: 4, image_size: 16, resolution: 16, eval_resolution: 16, examples_per_epoch: 512,
+             heldout_examples: 16, batch_size: 16, checkpoints: 4}
+  variants: [F0-mini]
+  epoch_budgets: [1, 2]
+  lr_grid: [0.05, 0.1]
+  notebooks: []
+"""
+
+
+@pytest.fixture(scope="module")
+def study_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cluster") / "study.yaml"
+    path.write_text(SMALLEST)
+    return path
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_AUTH_TOKEN"] = "a" * 64
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    yield cluster
+    cluster.shutdown()
+
+
+def test_a_study_across_two_nodes_of_which_one_is_killed(cluster, study_file, tmp_path):
+    import threading
+
+    study = StudyConfig.from_file(study_file)
+    run_study(study, tmp_path / "here")
+    second = cluster.add_node(num_cpus=1)
+    nodes, killed = set(), []
+
+    def kill_when_both_work():
+        for _ in range(1200):
+            time.sleep(0.1)
+            locks = [path.read_text().split() for path in (tmp_path / "there").glob("pretrain_*/.lock")]
+            if len([lock for lock in locks if lock]) == 2:  # a run is under way on each
+                break
+        cluster.remove_node(second, allow_graceful=False)
+        killed.append(time.time())
+
+    killer = threading.Thread(target=kill_when_both_work)
+    killer.start()
+    report, failures = run_study(study, tmp_path / "there", engine="ray", address=cluster.address)
+    killer.join()
+    assert killed and not failures and report.exists() and not nodes
+    assert not kill_study.differences(kill_study.records(tmp_path / "here"), kill_study.records(tmp_path / "there"))
+
+
+def test_one_slice_a_cell(cluster, study_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
+    labels = {"ray.io/tpu-slice-name": "slice-0", "ray.io/tpu-pod-type": "v4-16", "ray.io/tpu-topology": "2x2x2"}
+    for worker in range(2):
+        head = {"TPU-v4-16-head": 1} if worker == 0 else {}
+        cluster.add_node(
+            num_cpus=1, resources={"TPU": 4} | head, labels=labels | {"ray.io/tpu-worker-id": str(worker)}
+        )
+    settings = {"tpu_slice": "v4:2x2x2", "epoch_budgets": [1]}
+    study = StudyConfig.from_file(study_file, settings)
+    _, failures = run_study(study, tmp_path / "out", engine="ray", address=cluster.address)
+    assert not failures
+    summaries = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*/summary.json")]
+    assert len(summaries) == 2 and all(summary["process_count"] == 2 for summary in summaries)
+    (executed,) = (tmp_path / "out").glob("*_tuned_*/run.ipynb")
+    assert "Laptop scale" in executed.read_text() and len(list((tmp_path / "out").glob("*/host1.log"))) == 2
+
+
+def test_a_cluster_that_does_not_answer(study_file, tmp_path):
+    study = StudyConfig.from_file(study_file)
+    with pytest.raises(ConfigError, match=r"address: '127\.0\.0\.1:9': no Ray cluster"):
+        run_study(study, tmp_path / "out", engine="ray", address="127.0.0.1:9")
