@@ -114,7 +114,7 @@ def monotone_lr(cells: "pd.DataFrame", lr: str = "best_lr") -> "pd.DataFrame":
 
 
 def propose_lr(
-    known: "pd.DataFrame", size: float, epochs: float, grid: Sequence[float], size_column: str = SIZE
+    known: "pd.DataFrame", size: float | int, epochs: float | int, grid: Sequence[float], size_column: str = SIZE
 ) -> tuple[float, float]:
     """The two rates of `grid` to try for a cell, from the best of smaller ones: (first, second).
 

@@ -20,7 +20,7 @@ from nfnet_lib.study import pretrain_cells, search_of
 SMALLEST = """
 study:
   name: smallest
-  pretrain: {num_classes: 4, image_size: 16, resolution: 16, eval_resolution: 16, examples_per_epoch: 1024,
+  pretrain: {num_classes: 4, image_size: 16, resolution: 16, eval_resolution: 16, examples_per_epoch: 4096,
              heldout_examples: 16, batch_size: 16, checkpoints: 4}
   variants: [F0-mini]
   epoch_budgets: [1, 2]
@@ -57,12 +57,13 @@ def descendants(process, words):
     return found
 
 
-def until(condition, seconds=120):
-    """What `condition` gives as soon as it gives anything."""
-    for _ in range(int(10 * seconds)):
+def until(condition, seconds=120, process=None):
+    """What `condition` gives as soon as it gives anything, while `process` lives."""
+    for _ in range(int(20 * seconds)):
         if found := condition():
             return found
-        time.sleep(0.1)
+        assert process is None or process.poll() is None, "it ended before"
+        time.sleep(0.05)
     raise AssertionError(f"nothing within {seconds} s")
 
 
@@ -74,18 +75,27 @@ def blocked_run(path, out):
 
 
 @pytest.mark.parametrize("name", engine.ENGINES)
-def test_killed_failed_and_resumed(name, undisturbed, tmp_path):
+def test_killed_failed_interrupted_and_resumed(name, undisturbed, tmp_path):
     path, reference = undisturbed
     out = tmp_path / "out"
     out.mkdir()
     shutil.copytree(reference / ".cache", out / ".cache")
     blocked = blocked_run(path, out)
     blocked.write_text("a file where a folder must be")
+
+    def at_work(cell, process):
+        """Once a run of the cell has its lock: everything that the study has started."""
+        until(lambda: any(file.read_text() for file in out.glob(f"pretrain_*{cell}_*/.lock")), process=process)
+        return psutil.Process(process.pid).children(recursive=True)
+
+    def gone(processes):
+        return not psutil.wait_procs(processes, timeout=20)[1]
+
+    # The cells' processes are killed, and with Ray a worker: done again. What fails is told, the rest goes on.
     process = start(path, out, "--engine", name)
-    victims = ["nfnet_lib.cell"] if name == "local" else ["nfnet_lib.cell", "ray::on_own_cores"]
-    for word in victims:  # a cell's process, and with Ray a worker as well, while a run is under way
-        until(lambda: list(out.glob("pretrain_*ep1_*/.lock")) and descendants(process, ["nfnet_lib.cell"]))
-        for victim in until(lambda word=word: descendants(process, [word])):
+    for word in ["nfnet_lib.cell"] if name == "local" else ["nfnet_lib.cell", "ray::on_own_cores"]:
+        at_work("ep1", process)
+        for victim in until(lambda word=word: descendants(process, [word]), process=process):
             victim.kill()
     everyone = psutil.Process(process.pid).children(recursive=True)
     assert process.wait() == 1
@@ -94,31 +104,27 @@ def test_killed_failed_and_resumed(name, undisturbed, tmp_path):
     (failure,) = out.glob("*_tuned_*/failure.json")
     assert "FileExistsError" in failure.read_text() and "ep2" in failure.parent.name
     assert (failure.parent / "run.partial.ipynb").exists() and not (failure.parent / "run.ipynb").exists()
-    _, alive = psutil.wait_procs(everyone, timeout=20)
-    assert not alive, "nothing outlives a study"
+    assert gone(everyone), "nothing outlives a study"
     blocked.unlink()
-    assert start(path, out, "--engine", name).wait() == 0
-    assert "F0-mini_ep1: held-out loss" in out.with_suffix(".log").read_text()
+
+    # Ctrl-C: the run saves where it is.
+    process = start(path, out, "--engine", name)
+    everyone = at_work("ep2", process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(90) == 130 and gone(everyone) and not (out / "STOP").exists()
+    assert list(out.glob("*ep2_lr*/checkpoints/[0-9]*")), "a run that was under way saved where it was"
     assert "(skipped: already done)" in out.with_suffix(".log").read_text()
+
+    # The driver is killed.
+    process = start(path, out, "--engine", name)
+    everyone = at_work("ep2", process)
+    process.kill()
+    process.wait()
+    assert gone(everyone)
+
+    assert start(path, out).wait() == 0
     assert not kill_study.differences(kill_study.records(reference), kill_study.records(out))
     assert not list(out.glob("*/failure.json"))
-
-
-@pytest.mark.parametrize("name", engine.ENGINES)
-def test_ctrl_c_leaves_a_checkpoint_and_no_process(name, undisturbed, tmp_path):
-    path, reference = undisturbed
-    out = tmp_path / "out"
-    out.mkdir()
-    shutil.copytree(reference / ".cache", out / ".cache")
-    process = start(path, out, "--engine", name, "-p", "pretrain.examples_per_epoch=65536", "-p", "pretrain.checkpoints=1")
-    until(lambda: any(file.stat().st_size for file in out.glob("*/metrics.jsonl")))
-    everyone = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(90) == 130
-    _, alive = psutil.wait_procs(everyone, timeout=20)
-    assert not alive and not (out / "STOP").exists()
-    assert list(out.glob("*/checkpoints/[0-9]*")), "a run that was under way saved where it was"
-    assert not list(out.glob("*/failure.json")) and not list(out.glob("*/summary.json"))
 
 
 def test_cores_belong_to_one_call_at_a_time():

@@ -1,0 +1,181 @@
+"""What a study is going to run: its cells, their searches, dry runs, overrides; and its graph, run by a test engine."""
+
+from concurrent.futures import Future
+
+import pandas as pd
+import pytest
+import synthetic
+
+from nfnet_lib import flops, rules, study
+from nfnet_lib.cell import CellFailed, cell_dir
+from nfnet_lib.cli import main
+from nfnet_lib.config import ConfigError, StudyConfig
+from nfnet_lib.records import write_json
+from nfnet_lib.study_plan import plan_sentence, plan_table
+from nfnet_lib.tuning import at_lr
+
+FILE = """
+study:
+  name: planned
+  pretrain: {num_classes: 4, image_size: 16, resolution: 16, eval_resolution: 16, examples_per_epoch: 64,
+             heldout_examples: 16, batch_size: 16}
+  variants: [F1-mini, F0-mini]
+  epoch_budgets: [2, 1]
+  lr_grid: [0.0125, 0.025, 0.05, 0.1, 0.2]
+"""
+
+
+@pytest.fixture
+def path(tmp_path):
+    (tmp_path / "study.yaml").write_text(FILE)
+    return tmp_path / "study.yaml"
+
+
+def planted(folder, config, lr_grid, best):
+    """Plant the records of a finished cell whose best rate is `best`."""
+    for lr in lr_grid:
+        run = at_lr(config, lr)
+        loss = 1 + abs(lr_grid.index(lr) - lr_grid.index(best))
+        record = synthetic.summary(run.run_id, kind=run.kind, config=run.model_dump(mode="json"), heldout_loss=float(loss))
+        (folder / run.run_id).mkdir(parents=True, exist_ok=True)
+        write_json(folder / run.run_id / "summary.json", record | {"config_hash": run.config_hash, "wall_seconds": 61.0,
+                   "cell_id": run.cell_id, "num_params": flops.num_params(run.architecture, 4)})  # fmt: skip
+    cell = cell_dir(config, folder, lr_grid if len(lr_grid) > 1 else ())
+    cell.mkdir(exist_ok=True)
+    (cell / "run.ipynb").write_text("{}")
+
+
+def test_cells_are_the_grid_the_longest_first(path):
+    named = StudyConfig.from_file(path, {"seeds": [0, 7]})
+    cells = study.pretrain_cells(named)
+    assert [cell.name for cell in cells[:2]] == ["F1-mini_ep2_s0", "F1-mini_ep2_s7"] and len(cells) == 8
+    assert cells[-1].name == "F0-mini_ep1_s7"
+    assert {study.search_of(named, cell, path.parent)[0].seed for cell in cells} == {0, 7}
+    assert {cell.seed for cell in study.pretrain_cells(StudyConfig.from_file(path))} == {None}
+
+
+def test_two_trials_start_from_smaller_cells(path, tmp_path):
+    named, folder = StudyConfig.from_file(path, {"lr_search": "two_trials"}), tmp_path / "out"
+    by_name = {cell.name: cell for cell in study.pretrain_cells(named)}
+    config, grid = study.search_of(named, by_name["F0-mini_ep1"], folder)
+    assert grid == named.lr_grid, "the smallest cell is searched in full"
+    assert study.search_of(named, by_name["F0-mini_ep2"], folder) is None
+    planted(folder, config, grid, best=0.1)
+    config, pair = study.search_of(named, by_name["F0-mini_ep2"], folder)
+    known = pd.DataFrame([{"forward_macs": flops.run_macs(config), "epoch_budget": 1.0, "best_lr": 0.1}])
+    assert (config.peak_lr, set(pair)) == (0.1, {0.1, 0.05})
+    assert (config.peak_lr, *sorted(set(pair) - {config.peak_lr})) == rules.propose_lr(
+        known, flops.run_macs(config), 2.0, named.lr_grid
+    )
+    assert study.search_of(named, by_name["F1-mini_ep2"], folder) is None, "two smaller cells are not done"
+
+
+def test_a_dry_run_plans_counts_and_writes_nothing(path, tmp_path, capsys):
+    named, folder = StudyConfig.from_file(path), tmp_path / "out"
+    assert main(["study", str(path), "--out", str(folder), "--dry-run"]) == 0
+    assert "4 cells, 12 runs" in capsys.readouterr().out and not folder.exists()
+    cell = study.pretrain_cells(named)[0]
+    planted(folder, *study.search_of(named, cell, folder), best=0.05)
+    from nfnet_lib.records import collect
+
+    table = plan_table(named, folder, collect(folder)).set_index("cell")
+    assert table["state"].to_dict() == {
+        "F1-mini_ep2": "done", "F0-mini_ep2": "to do", "F1-mini_ep1": "to do", "F0-mini_ep1": "to do",
+    }  # fmt: skip
+    config, _ = study.search_of(named, cell, folder)
+    own = flops.forward_macs(config.architecture, 16, 4)
+    assert table.loc["F1-mini_ep2", "train_flops"] == 6 * own * 128 and table.loc["F1-mini_ep2", "steps"] == 8
+    rate, on_top = 60.0 / 1e12, 5 * 1.0 + 6  # of the planted records: five runs with a second on top each
+    assert table.loc["F1-mini_ep2", "minutes"] == pytest.approx((3 * 6 * own * 128 * rate + on_top) / 60)
+    sentence = plan_sentence(table, 2)
+    assert "1 cells are done" in sentence and "2 at a time" in sentence
+    assert "No timed runs" in plan_sentence(plan_table(named, tmp_path / "none"), 2)
+    every = plan_table(StudyConfig.from_file(path, {"lr_search": "grid"}), tmp_path / "none")
+    assert set(every["runs"]) == {5}
+
+
+@pytest.mark.parametrize(
+    "override,words",
+    [
+        ("pretrain.num_clases=3", "num_clases: unknown parameter of PretrainConfig; did you mean num_classes"),
+        ("pretain.num_classes=3", "pretain: unknown key of a study; did you mean pretrain"),
+        ("variants=[F0-mini, F0-mini]", "variants: ['F0-mini', 'F0-mini'] has repeats"),
+        ("name.x=1", "name.x: name is 'planned', not a mapping"),
+        ("epoch_budgets=", "epoch_budgets: None is out of range"),
+        ("tpu_slice=big", "tpu_slice: 'big' is out of range"),
+        ("lr_grid=[0.1", "the value is not YAML"),
+        ("nonsense", "'nonsense' is not NAME=VALUE"),
+    ],
+)
+def test_overrides_that_can_not_be(path, tmp_path, capsys, override, words):
+    assert main(["study", str(path), "--out", str(tmp_path / "out"), "-p", override]) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+class Recording:
+    """An engine that runs nothing: every call ends at once with what `outcome` says of its cell."""
+
+    workers = 1
+
+    def __init__(self, outcome):
+        self.outcome, self.calls = outcome, []
+
+    def submit(self, function, *arguments, **options):
+        future: Future = Future()
+        self.calls.append((function.__name__, arguments, options))
+        result = self.outcome(*arguments, **options)
+        future.set_exception(result) if isinstance(result, Exception) else future.set_result(result)
+        return future
+
+    def close(self, grace=0):
+        pass
+
+
+def test_the_graph_of_a_study(path, tmp_path):
+    """Searches, then fine-tuning from the best run of each variant, then the table; what lacks its origin is said to."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    finetune = {"dataset": "digits", "image_size": 24, "resolution": 24, "eval_resolution": 24, "batch_size": 16,
+                "examples_per_epoch": 64, "heldout_examples": 16}  # fmt: skip
+    named = StudyConfig.from_file(path, {"finetune": finetune, "finetune_augmults": [1, 4], "notebooks": []})
+
+    def outcome(config, study_dir, *, lr_grid, **_):
+        if config.kind == "pretrain" and config.variant == "F1-mini":
+            return CellFailed("it broke", "log")
+        best = 0.1 if config.epoch_budget == 2 else 0.05
+        planted(study_dir, config, list(lr_grid) or [config.peak_lr], best if lr_grid else config.peak_lr)
+        return {"heldout_loss": 1.0, "config": {"peak_lr": best}}
+
+    engine, said = Recording(outcome), []
+    failures = study._run_graph(study._graph(named, folder), engine, said.append, lambda: None)
+    assert set(failures) == {"F1-mini_ep1", "F1-mini_ep2", "finetune_F1-mini_ra1", "finetune_F1-mini_ra4"}
+    assert failures["F1-mini_ep1"] == "it broke"
+    assert failures["finetune_F1-mini_ra1"] == "not run: no pre-training run of F1-mini is done"
+    kinds = [arguments[0].kind for _, arguments, _ in engine.calls]
+    assert kinds == ["pretrain"] * 4 + ["finetune"] * 2
+    tuned = [arguments[0] for _, arguments, _ in engine.calls[4:]]
+    assert {config.augmult for config in tuned} == {1, 4}
+    assert all("F0-mini" in config.pretrained_run for config in tuned)
+    assert (folder / "results.csv").read_text().count("\n") == 1 + 10 + 2
+    again = Recording(outcome)
+    study._run_graph(study._graph(named, folder), again, said.append, lambda: None)
+    assert {arguments[0].variant for _, arguments, _ in again.calls} == {"F1-mini"}, "what is done never meets the engine"
+    assert any("skipped: already done" in line for line in said)
+
+
+def test_slices_and_platforms_reach_the_engine(path, tmp_path):
+    (tmp_path / "out").mkdir()
+    named = StudyConfig.from_file(path, {"tpu_slice": "v4:2x2x4", "platform": "tpu", "retries": 5, "variants": ["F0-mini"]})
+    engine = Recording(lambda *_, **__: CellFailed("not today", ""))
+    study._run_graph(study._graph(named, tmp_path / "out"), engine, lambda _: None, lambda: None)
+    for _, _, options in engine.calls:
+        assert (options["tpu_slice"], options["platform"], options["retries"]) == ("v4:2x2x4", "tpu", 5)
+
+
+def test_a_changed_file_is_refused_but_where_it_runs_may_change(path, tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    write_json(folder / "study.json", StudyConfig.from_file(path).model_dump(mode="json"))
+    with pytest.raises(ConfigError, match=r"lr_grid: \[0\.1, 0\.2\], but .* holds a study with \[0\.0125"):
+        study.run_study(StudyConfig.from_file(path, {"lr_grid": [0.1, 0.2]}), folder)
+    study._refuse_other_study(StudyConfig.from_file(path, {"workers": 1, "retries": 0, "platform": "cuda"}), folder)
