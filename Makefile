@@ -49,7 +49,7 @@ lab: $(STAMP) ## open JupyterLab on notebooks/, reachable from this machine only
 	$(BIN)/jupyter-lab --ip=127.0.0.1 $(ARGS) notebooks
 
 app: $(STAMP) $(VENV)/.extra-app ## open the explorer as a page, reachable from this machine only
-	$(BIN)/voila --Voila.ip=127.0.0.1 $(ARGS) notebooks/08_explore.ipynb
+	$(BIN)/voila --Voila.ip=127.0.0.1 --token $(ARGS) notebooks/08_explore.ipynb
 
 profile: $(STAMP) ## show where a training step's time goes (ARGS="F3-mini -p batch_size=32")
 	$(BIN)/nfnet profile $(or $(ARGS),F0-mini)

@@ -299,7 +299,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return arguments.function(arguments)
-    except (ConfigError, RecordError, FileNotFoundError) as error:
+    except (ConfigError, RecordError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:  # a report that can't be built

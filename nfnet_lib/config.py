@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -222,7 +223,8 @@ class RunConfig(BaseModel):
         return self._name("tuned", _digest(self.model_dump(mode="json", exclude={"peak_lr"})))
 
     def _name(self, lr: str, digest: str) -> str:
-        names = [text.replace(":", "-").replace("/", "-") for text in (self.variant, self.dataset)]
+        plain = (re.sub(r"[^A-Za-z0-9+._-]", "-", text) for text in (self.variant, self.dataset))
+        names = [text[-60:] for text in plain]  # the hash tells apart what is cut
         parts = [self.kind, *names, f"ep{self.epoch_budget:g}"]
         parts += [lr, f"s{self.seed}"] + ([f"ra{self.augmult}"] if self.augmult > 1 else [])
         return "_".join([*parts, digest[:6]])
@@ -247,6 +249,8 @@ class FinetuneConfig(RunConfig):
 
     @model_validator(mode="after")
     def _check_origin(self) -> "FinetuneConfig":
+        if not re.fullmatch(r"[A-Za-z0-9+_-][A-Za-z0-9+._-]*|", self.pretrained_run):
+            raise ValueError(f"pretrained_run: {self.pretrained_run!r} is not a run's name; allowed: its folder's name alone")
         if bool(self.pretrained_run) == bool(self.pretrained_weights):
             raise ValueError(
                 f"pretrained_run: {self.pretrained_run!r} with pretrained_weights={self.pretrained_weights!r}; name one of them"

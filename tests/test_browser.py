@@ -87,6 +87,9 @@ def drag_and_look(page, name):
         handle.press("ArrowLeft")
     page.wait_for_function("before => document.querySelector('img.widget-image').src !== before", arg=before, timeout=30_000)
     assert sentence.inner_text() != said and "90 % interval" in sentence.inner_text()
+    page.wait_for_timeout(1500)  # until all three steps are drawn
+    readout = float(page.locator(".widget-slider:has-text('budget') .widget-readout").first.inner_text())
+    assert abs(float(sentence.inner_text().split()[0]) / readout - 1) < 0.01, "the picture is that of the slider"
     page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
     moved = picture.get_attribute("src")
     page.get_by_role("button", name="Best learning rates").click()
@@ -119,9 +122,12 @@ def test_the_explorer_in_jupyterlab(browser, serve, tmp_path):
 def test_the_explorer_as_a_page(browser, serve):
     address = serve([
         "voila", "notebooks/08_explore.ipynb", "--no-browser", "--Voila.ip=127.0.0.1", "--port={port}",
+        "--Voila.token=secret",
     ], "/voila/files/none")  # fmt: skip
     page = browser.new_page(viewport={"width": 1000, "height": 900})
-    page.goto(address, wait_until="domcontentloaded", timeout=90_000)
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(f"{address}/voila/render/none", timeout=20)
+    page.goto(f"{address}/?token=secret", wait_until="domcontentloaded", timeout=90_000)
     drag_and_look(page, "explorer_voila")
     page.close()
 
