@@ -80,6 +80,7 @@ def execute(
     cores: Sequence[int] = (),
     timeout: float | int | None = None,
     platform: str = "cpu",
+    gpu_share: float | int = 0,
 ) -> None:
     """Execute `notebook` with `parameters` into `output`, which appears only if every cell ran; CellFailed otherwise.
 
@@ -87,6 +88,7 @@ def execute(
     At the top of both stands the papermill command that does the same by hand.
     cores: the processor cores that it may use, which also fix the order of floating-point sums; none named: all.
     timeout: seconds. platform: what JAX must run on, unless JAX_PLATFORMS is set; where it is missing the run fails.
+    gpu_share: of a GPU that several notebooks use at once; JAX would take three quarters of its memory for each. 0: all.
     """
     partial, log = output.with_suffix(".partial.ipynb"), output.with_suffix(".log")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -95,6 +97,8 @@ def execute(
     for name in ("MPLBACKEND", INTERACTIVE):  # the kernel's own puts figures into the notebook; nobody watches it
         environment.pop(name, None)
     environment.setdefault("GLIBC_TUNABLES", _HUGE_PAGES)
+    if 0 < gpu_share < 1:
+        environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 * gpu_share:g}")
     with log.open("w") as stream:
         # A session of its own: ctrl-C in a terminal asks the runs to stop (study.py), it does not kill them.
         process = subprocess.Popen(
@@ -130,7 +134,7 @@ def execute(
 
 def run_cell(
     config: RunConfig, study_dir: Path, *, lr_grid: Sequence[float] = (), cores: Sequence[int] = (),
-    timeout: float | int | None = None, platform: str = "cpu", retries: int = 0,
+    timeout: float | int | None = None, platform: str = "cpu", gpu_share: float | int = 0, retries: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """The summary of the best run of a cell of a study, made by its notebook unless it is done.
 
@@ -153,7 +157,7 @@ def run_cell(
         if (study_dir / STOP).exists():
             raise CellStopped(f"{folder.name} was not started")
         try:
-            execute(notebook, output, parameters, cores=cores, timeout=timeout, platform=platform)
+            execute(notebook, output, parameters, cores=cores, timeout=timeout, platform=platform, gpu_share=gpu_share)
             if (done := tuned_already(config, list(lr_grid), study_dir)) is None:
                 log = output.with_suffix(".log").read_text()
                 raise CellFailed("the notebook ended without a summary of its run", log)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from nfnet_lib import PROJECT
 from nfnet_lib.variants import Variant, ViTVariant, get_variant
 
 _OF_NOTEBOOKS = {"study_dir", "lr_grid", "comparison_seeds"}  # parameters that notebooks have beside a config's
@@ -136,7 +137,7 @@ class RunConfig(BaseModel):
 
     @classmethod
     def refuse_unknown(cls, names: Iterable[str]) -> None:
-        unknown = sorted(set(names) - set(cls.model_fields))
+        unknown = sorted(set(map(str, names)) - set(cls.model_fields))
         if unknown:
             near = difflib.get_close_matches(unknown[0], cls.model_fields, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(cls.model_fields)}"
@@ -317,14 +318,16 @@ class StudyConfig(BaseModel):
         0, ge=0, le=100, description="seeds of a comparison of ways of fine-tuning the first variant; 0: none"
     )
     notebooks: list[str] = Field(default_factory=list, description="analysis notebooks, executed at the end")
-    workers: int = Field(0, ge=0, description="runs at a time; 0: as many as there are cores for")
-    cores_per_run: int = Field(1, ge=0, description="processor cores that a run gets to itself; 0: all, shared")
-    memory_per_run_gb: float = Field(2.0, gt=0)
-    gpus_per_run: float = Field(0, ge=0, description="that Ray sets apart for a run")
+    workers: int = Field(0, ge=0, le=100_000, description="runs at a time; 0: as many as there are cores for")
+    cores_per_run: int = Field(1, ge=0, le=100_000, description="processor cores that a run gets to itself; 0: all, shared")
+    memory_per_run_gb: float = Field(2.0, ge=0.001, le=1e6)
+    gpus_per_run: float = Field(
+        0, ge=0, description="that Ray sets apart for a run; below 1, with any engine, its share of the GPU's memory"
+    )
     tpu_slice: str = Field("", pattern=r"^(v\w+:\d+(x\d+)+)?$", description="that Ray sets apart for a cell, v4:2x2x4 for"
                            " example; empty: runs use the machine's own devices")  # fmt: skip
     platform: Literal["cpu", "cuda", "tpu"] = Field("cpu", description="what JAX must run on, or the run fails")
-    timeout_minutes: float = Field(120, gt=0, description="of one cell")
+    timeout_minutes: float = Field(120, gt=0, le=525_600, description="of one cell; at most a year")
     retries: int = Field(3, ge=0, le=100, description="of a cell whose process, kernel or machine was lost; it resumes")
 
     @classmethod
@@ -333,21 +336,18 @@ class StudyConfig(BaseModel):
 
         overrides: {key: value} over what the file says; a dot leads into a mapping ("pretrain.num_classes").
         """
-        import yaml
+        from nfnet_lib.strict_yaml import read_mapping
 
         path = Path(path)
         if not path.is_file():
             near = difflib.get_close_matches(str(path), [str(p) for p in Path("params").glob("*/*.yaml")], n=3)
             raise ConfigError(f"study file: {path} does not exist" + (f"; near: {', '.join(near)}" if near else ""))
-        try:
-            content = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
-            raise ConfigError(f"study file: {path} is not YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(content, dict) or set(content) != {"study"} or not isinstance(content["study"], dict):
+        content = read_mapping(path, "study file")
+        if set(content) != {"study"} or not isinstance(content["study"], dict):
             raise ConfigError(f"study file: {path} must hold one mapping called study")
         for key, value in (overrides or {}).items():
             _override(content["study"], key, value)
-        unknown = sorted(set(content["study"]) - set(cls.model_fields))
+        unknown = sorted(set(map(str, content["study"])) - set(cls.model_fields))
         if unknown:
             near = difflib.get_close_matches(unknown[0], cls.model_fields, n=2, cutoff=0.5) or list(cls.model_fields)
             raise ConfigError(f"{unknown[0]}: unknown key of a study; did you mean {' or '.join(near)}?")
@@ -371,6 +371,11 @@ class StudyConfig(BaseModel):
         for name in ("variants", "epoch_budgets", "seeds", "finetune_augmults"):
             if len(set(values := getattr(self, name))) != len(values):
                 raise ConfigError(f"{name}: {values} has repeats")
+        known = sorted(path.stem for path in (PROJECT / "notebooks").glob("*.ipynb"))
+        for name in self.notebooks:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=2, cutoff=0.4) or known
+                raise ConfigError(f"notebooks: {name!r} is not one of notebooks/; did you mean {' or '.join(near)}?")
         for variant in self.variants:
             lr_grid, lr_start = self.learning_rates(variant)
             if sorted(set(lr_grid)) != lr_grid:

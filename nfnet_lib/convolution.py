@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-FORMS = ("patches", "lax")  # of a convolution: patches of the input times a matrix, or XLA's own
+FORMS = ("patches", "lax", "pointwise")  # of a convolution: patches times a matrix; XLA's own; the latter but for 1x1 ones
 
 _BACKEND: contextvars.ContextVar[str] = contextvars.ContextVar("backend", default="")
 _FORM: contextvars.ContextVar[str] = contextvars.ContextVar("form", default="")
@@ -111,9 +111,10 @@ def convolve(
     x: Float[Array, "B H W I"], w: Float[Array, "KH KW IG O"], stride: int, groups: int
 ) -> Float[Array, "B H2 W2 O"]:
     """SAME convolution, NHWC by HWIO, in the form of `using`, or else "patches" on CPU and "lax" elsewhere."""
-    if (_FORM.get() or ("patches" if backend() == "cpu" else "lax")) == "patches":
-        if w.shape[:2] == (1, 1) and stride == 1:
-            return x @ w[0, 0]
+    form = _FORM.get() or ("patches" if backend() == "cpu" else "lax")
+    if form != "lax" and w.shape[:2] == (1, 1) and stride == 1:
+        return x @ w[0, 0]
+    if form == "patches":
         return patches_convolve(x, w, stride, groups)
     return jax.lax.conv_general_dilated(
         x, w, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups

@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import os
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -167,13 +168,21 @@ def cached(source: Source, cache_dir: str | os.PathLike) -> Source:
         if stored != _checksum(images, labels):
             raise ValueError("checksum differs")
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        images, labels = source.batch(np.arange(len(source), dtype=np.int64))
+        images, labels = _rendered(source)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.stem}.{os.getpid()}.partial")
         with partial.open("wb") as file:
             np.savez(file, images=images, labels=labels, digest=_checksum(images, labels))
         partial.replace(path)
     return ArraySource(source.name, source.num_classes, source.fingerprint, images, labels)
+
+
+def _rendered(source: FractalSource) -> tuple[np.ndarray, np.ndarray]:
+    """All its images and labels, made by as many threads as this process has cores."""
+    parts = np.array_split(np.arange(len(source), dtype=np.int64), -(-len(source) // 1024))
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        images, labels = zip(*threads.map(source.batch, parts), strict=True)
+    return np.concatenate(images), np.concatenate(labels)
 
 
 def _checksum(images: np.ndarray, labels: np.ndarray) -> str:

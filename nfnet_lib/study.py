@@ -286,7 +286,8 @@ def _cell(study: StudyConfig, study_dir: Path, config: RunConfig, lr_grid: Seque
     if done is not None:
         return Done(done)
     options: dict[str, Any] = {
-        "lr_grid": tuple(lr_grid), "timeout": 60 * study.timeout_minutes, "platform": study.platform, "retries": study.retries,
+        "lr_grid": tuple(lr_grid), "timeout": 60 * study.timeout_minutes, "platform": study.platform,
+        "gpu_share": study.gpus_per_run, "retries": study.retries,
     }  # fmt: skip
     return Work(run_cell, (config, study_dir), options | ({"tpu_slice": study.tpu_slice} if study.tpu_slice else {}))
 
