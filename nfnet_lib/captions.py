@@ -61,6 +61,23 @@ def size_and_data(laws: StudyLaws) -> str:
     )
 
 
+def published_curves(curves: "pd.DataFrame", laws: "pd.DataFrame") -> str:
+    """Of `law_plots.published_curves`: the tables of `public_curves.few_shot_curves` and `.curve_laws`."""
+    missed, best = laws["held_out_error_percent"].dropna(), laws.loc[laws["E"].idxmin()]
+    text = (
+        f"Published data, not ours ({', '.join(curves['source'].unique())}, {', '.join(curves['licence'].unique())}): ImageNet"
+        f" 10-shot error of {len(laws)} network{'s' if len(laws) > 1 else ''} against JFT examples seen. Lines: A (C + d)^-a"
+        f" + E, of each curve by itself ({_range(laws['fitted_rows'])} rows); R^2 on log axes {laws['r_squared'].min():.4f} to"
+        f" {laws['r_squared'].max():.4f}; lowest floor {best['E']:.1f} %, {best['model']}."
+    )
+    if missed.empty:
+        return text
+    return text + (
+        f" Hollow: rows held out, up to {laws['reach'].max():.1f} times further; there the laws are off by"
+        f" {missed.min():+.1f} to {missed.max():+.1f} % of the error on average."
+    )
+
+
 def _of(laws: StudyLaws, name: str) -> str:
     text = "{:.3g} ({:.3g} to {:.3g}".format(laws.surface.parameters[name], *laws.surface.interval(name))
     return text + (", weakly identified)" if name in laws.surface.weak() else ")")

@@ -84,6 +84,7 @@ _POINTS = (
     ("G/14", "ViT", _HOURS, 280e3, _V4H, "", PAPER, "text, Figure 1", "text", "the paper's conversion of >500k TPU-v3"),
     ("G/14", "ViT", _HOURS, 500e3, "TPU-v3 core-hours", "", PAPER, "text", "text", "a lower bound: more than 500k"),
     ("G/14", "ViT", _ERROR, 9.55, _PCT, "518 px", ZHAI, "text", "text", "100 - 90.45 (+-0.03)"),
+    ("G/14", "ViT", "10-shot error", 15.14, _PCT, "10 images a class", ZHAI, "abstract", "text", "100 - 84.86"),
     (
         "So400m/14",
         "ViT",
