@@ -11,6 +11,7 @@ from jaxtyping import Int64, UInt8
 
 from nfnet_lib.config import ConfigError, RunConfig
 from nfnet_lib.loader import BadExample, Batch, LoaderError, train_batches
+from nfnet_lib.records import RecordError, write_bytes
 from nfnet_lib.sampler import ExactlyOnceSampler
 from nfnet_lib.sources import Source, Subset, load_source
 
@@ -115,13 +116,17 @@ class Quarantine:
 
     def __init__(self, path: Path | None, num_examples: int, max_fraction: float | int):
         self.path, self.num_examples, self.max_fraction = path, num_examples, max_fraction
-        lines = path.read_text().splitlines() if path is not None and path.exists() else []
+        *lines, rest = path.read_bytes().split(b"\n") if path is not None and path.exists() else [b""]
         self.ids: dict[str, set[int]] = {"train": set(), "heldout": set()}
         self._to_tell: list[tuple[str, list]] = []
-        for line in lines:
-            with contextlib.suppress(ValueError, KeyError):  # the last line of a run that was killed
+        for number, line in enumerate(lines, start=1):
+            try:
                 entry = json.loads(line)
                 self.ids[entry["split"]].add(entry["id"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise RecordError(f"{path}, line {number}: {error!r}: {line[:80]!r}") from None
+        if rest:  # of a run that was killed; the next line must not go on from there
+            write_bytes(path, b"".join(line + b"\n" for line in lines), overwrite=True)
 
     def add(self, bad: tuple[BadExample, ...], split: str = "train") -> None:
         """Write down what is new among `bad`."""

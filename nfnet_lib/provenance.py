@@ -10,6 +10,7 @@ import jax
 
 from nfnet_lib import PROJECT, distributed, flops, paper
 from nfnet_lib.config import RunConfig
+from nfnet_lib.records import SCHEMA, sealed
 
 _PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy",
@@ -28,8 +29,8 @@ def summary(
     total = flops.train_flops(macs, images_seen, config.rho, config.ascent_fraction)
     own = len(os.sched_getaffinity(0)) if jax.default_backend() == "cpu" else jax.local_device_count()
     cores = sum(distributed.gathered(own))
-    return {
-        "schema": 1, "run_id": config.run_id, "cell_id": config.cell_id, "kind": config.kind, "status": "done",
+    return sealed({
+        "schema": SCHEMA, "run_id": config.run_id, "cell_id": config.cell_id, "kind": config.kind, "status": "done",
         "config": config.model_dump(mode="json"), "config_hash": config.config_hash,
         "num_params": flops.num_params(variant, num_classes, config.bottleneck_rule, config.resolution),
         "forward_macs": macs, "train_flops": total, "steps": config.steps, "images_seen": images_seen,
@@ -40,7 +41,19 @@ def summary(
         "device_kind": jax.devices()[0].device_kind, "device_count": jax.device_count(),
         "process_count": jax.process_count(), "platform": jax.default_backend(), "host_cores": cores,
         "versions": _versions(), **_git(), "started_at": started, "finished_at": now(),
-    }  # fmt: skip
+    })  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    """What can differ between the legs of a run and change its last digits: versions, devices, processes."""
+    devices = f"{jax.device_count()} {jax.devices()[0].device_kind}"
+    return _versions() | {"devices": devices, "processes": str(jax.process_count())}
+
+
+def changes(before: dict[str, str], after: dict[str, str], step: int) -> list[str]:
+    """One sentence for each difference between two `environment`s."""
+    names = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    return [f"step {step}: {name} {before.get(name)} before, {after.get(name)} now" for name in names]
 
 
 def now() -> str:

@@ -34,14 +34,11 @@ class Recipe:
 
 def load_recipe(path: str | Path, _depth: int = 0) -> Recipe:
     """The recipe of a YAML file. ConfigError in one line if it is none, or names an unknown parameter or variant."""
-    import yaml
+    from nfnet_lib.strict_yaml import read_mapping
 
     path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"recipe: {path} can't be read: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict) or set(content) - set(_KEYS) or not isinstance(content.get("finetune"), dict):
+    content = read_mapping(path, "recipe")
+    if set(content) - set(_KEYS) or not isinstance(content.get("finetune"), dict):
         raise ConfigError(
             f"recipe: {path} must hold finetune, and may hold base and variants; allowed: {', '.join(_KEYS)}"
         )
@@ -51,6 +48,8 @@ def load_recipe(path: str | Path, _depth: int = 0) -> Recipe:
             raise ConfigError(f"base: recipes build on each other more than {_DEEPEST} deep, at {path}")
         base = load_recipe(path.parent / str(content["base"]), _depth + 1)
     variants = dict(base.variants)
+    if not isinstance(content.get("variants") or {}, dict):
+        raise ConfigError(f"variants: {content['variants']!r} is not a mapping of variants to parameters")
     for name, own in (content.get("variants") or {}).items():
         try:
             get_variant(name)

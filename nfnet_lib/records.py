@@ -4,6 +4,7 @@ A run folder holds `params.json`, `metrics.jsonl` (one JSON object a line) and, 
 run holds `failure.json`. A finished `summary.json` is the only proof that a run is done. Nothing is parsed out of logs.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMA = 1
+SCHEMA = 2  # 1 had no digest; what is missing from older records is missing from tables, too
 SUMMARY, FAILURE, METRICS, PARAMS = "summary.json", "failure.json", "metrics.jsonl", "params.json"
 _MARKERS = (SUMMARY, FAILURE, METRICS, PARAMS)
 _BELOW_STUDY = 2  # run folders lie at most this many levels below the folder given
@@ -24,36 +25,25 @@ _LEADING = ("run_id", "kind", "variant", "epoch_budget", "peak_lr", "seed", "hel
             "heldout_top5", "train_loss", "train_flops", "tpu_v4_core_hours")  # fmt: skip
 _SORT = ("kind", "variant", "epoch_budget", "peak_lr", "run_id")
 _REQUIRED = ("run_id", "kind", "status", "config", "train_flops", "heldout_loss")
-_INTEGERS = (
-    "schema",
-    "num_params",
-    "forward_macs",
-    "steps",
-    "images_seen",
-    "examples_drawn",
-    "train_quarantined",
-    "heldout_quarantined",
-    "device_count",
-    "num_classes",
-    "examples_per_epoch",
-    "heldout_examples",
-    "image_size",
-    "batch_size",
-    "warmup_steps",
-    "seed",
-    "data_seed",
-    "augmult",
-    "resolution",
-    "eval_resolution",
-)
+_INTEGERS = ("schema", "num_params", "forward_macs", "steps", "images_seen", "examples_drawn", "train_quarantined",
+             "heldout_quarantined", "device_count", "num_classes", "examples_per_epoch", "heldout_examples",
+             "image_size", "batch_size", "warmup_steps", "seed", "data_seed", "augmult", "resolution",
+             "eval_resolution")  # fmt: skip
 _FLOATS = ("train_flops", "seconds", "compile_seconds", "images_per_second", "core_hours", "tpu_v4_core_hours",
            "heldout_loss", "heldout_top1", "heldout_top5", "heldout_ece", "train_loss", "epoch_budget", "peak_lr",
-           "weight_decay",
-           "agc_clip", "label_smoothing", "drop_rate", "stochdepth_rate", "ema_decay", "rho", "ascent_fraction")  # fmt: skip
+           "weight_decay", "data_wait_seconds", "agc_clip", "label_smoothing", "drop_rate",
+           "stochdepth_rate", "ema_decay", "rho", "ascent_fraction")  # fmt: skip
 
 
 class RecordError(ValueError):
     """A record that cannot be trusted; the message names the file and what is wrong with it."""
+
+
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """`record` as JSON values, with the digest of all that it says: a flipped digit is as valid as the right one."""
+    values = json.loads(json.dumps({key: record[key] for key in record if key != "digest"}, default=_to_json))
+    content = json.dumps(values, sort_keys=True).encode()
+    return values | {"digest": hashlib.blake2b(content, digest_size=8).hexdigest()}
 
 
 def write_json(path: str | os.PathLike, obj: Any) -> None:
@@ -115,12 +105,13 @@ class MetricsWriter:
         path: the metrics.jsonl file; created with its folder where missing.
         last_step: step of the checkpoint that the run resumes from. Lines of later steps, which the run will write
             again, and a torn last line are removed. The default -1 begins an empty file.
+        digest: of the lines up to there, as `digest` was then. RecordError, and nothing is changed, if they are others.
 
     Non-finite numbers are written as null, since JSON has none. Call `sync` before saving a checkpoint: a metrics file
     that lost lines up to the checkpoint's step could not be completed by a resumed run.
     """
 
-    def __init__(self, path: str | os.PathLike, last_step: int = -1):
+    def __init__(self, path: str | os.PathLike, last_step: int = -1, digest: str | None = None):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
@@ -130,6 +121,10 @@ class MetricsWriter:
             last_step = max([record["step"] for _, record in lines if record["step"] <= last_step], default=-1)
         else:
             last_step = -1
+        self._hash = hashlib.blake2b("".join(f"{line}\n" for line in kept).encode(), digest_size=8)
+        if digest not in (None, self.digest):
+            raise RecordError(f"{self.path} lacks or has changed lines that the checkpoint knows; remove the checkpoints, too,"
+                              " to begin the run again")  # fmt: skip
         _replace(self.path, "".join(f"{line}\n" for line in kept))
         self.last_step = last_step
         self._file = self.path.open("a", encoding="utf-8", newline="\n")
@@ -139,9 +134,16 @@ class MetricsWriter:
         if step <= self.last_step:
             raise ValueError(f"step={step} must exceed the last step written to {self.path}, {self.last_step}")
         record = {"step": int(step)} | {name: _finite(value) for name, value in metrics.items()}
-        self._file.write(json.dumps(record, allow_nan=False, default=_to_json) + "\n")
+        line = json.dumps(record, allow_nan=False, default=_to_json) + "\n"
+        self._hash.update(line.encode())
+        self._file.write(line)
         self._file.flush()  # a reader that follows the file sees every step at once
         self.last_step = step
+
+    @property
+    def digest(self) -> str:
+        """Of all lines."""
+        return self._hash.hexdigest()
 
     def sync(self) -> None:
         """Force everything written so far to disk."""
@@ -186,12 +188,16 @@ def read_metrics(run_dir: str | os.PathLike) -> "pd.DataFrame":
     """Metrics of one run as a table, one row a line; a torn last line is left out.
 
     Columns are those that the run wrote (at least `step`), null becoming NaN. Raises FileNotFoundError where the run
-    has no metrics.jsonl, RecordError naming the line where one before the last is damaged.
+    has no metrics.jsonl, RecordError where a line before the last is damaged or a finished run had others.
     """
     import pandas as pd
 
     path = Path(run_dir) / METRICS
-    records = [record for _, record in metric_lines(path)]
+    lines = metric_lines(path)
+    if (Path(run_dir) / SUMMARY).is_file() and (wanted := read_summary(run_dir).get("metrics_digest")):
+        if wanted != hashlib.blake2b("".join(f"{line}\n" for line, _ in lines).encode(), digest_size=8).hexdigest():
+            raise RecordError(f"{path} has been changed since the run ended: its digest differs")
+    records = [record for _, record in lines]
     table = pd.DataFrame(records) if records else pd.DataFrame({"step": [], "epoch": [], "loss": []}, dtype="float64")
     table["step"] = table["step"].astype("int64")
     for name in table.columns.difference(["step"]):
@@ -222,16 +228,21 @@ def read_summary(run_dir: str | os.PathLike) -> dict:
     """The summary of one finished run. Raises RecordError naming the file and what is damaged, missing or too old."""
     path = Path(run_dir) / SUMMARY
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:  # UnicodeDecodeError is a ValueError
-        raise RecordError(f"{path} cannot be read as JSON: {error}") from error
+        summary = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except (ValueError, OSError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise RecordError(f"{path} cannot be read as JSON: {error}; remove it to have the run made again") from error
     if not isinstance(summary, dict):
         raise RecordError(f"{path} holds a JSON {type(summary).__name__}, not an object")
-    if summary.get("schema") != SCHEMA:
-        raise RecordError(f"{path} has schema {summary.get('schema')!r}, this version reads schema {SCHEMA}: "
+    if (schema := summary.get("schema")) not in range(1, SCHEMA + 1) or isinstance(schema, bool):
+        raise RecordError(f"{path} has schema {schema!r}, this version reads schemas 1 to {SCHEMA}: "
                           "run it again or read it with the version that wrote it")  # fmt: skip
+    if schema > 1 and sealed(summary)["digest"] != summary.get("digest"):
+        raise RecordError(f"{path} has been changed since it was written: its digest differs")
     if missing := [key for key in _REQUIRED if key not in summary]:
         raise RecordError(f"{path} lacks {', '.join(missing)}")
+    for name in ("train_flops", "heldout_loss"):
+        if not isinstance(summary[name], int | float) or isinstance(summary[name], bool):
+            raise RecordError(f"{path}: {name} is {summary[name]!r}, not a number")
     if not isinstance(summary["config"], dict):
         raise RecordError(f"{path}: config is a JSON {type(summary['config']).__name__}, not an object")
     if summary["status"] != "done":
@@ -241,11 +252,16 @@ def read_summary(run_dir: str | os.PathLike) -> dict:
     return summary
 
 
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
 def _flat_row(run_dir: Path, root: Path) -> dict:
     """One row of `collect`: config keys without a prefix, other nested keys joined by a dot, lists as JSON text."""
     summary = read_summary(run_dir)
     config = summary.pop("config")
-    summary.pop("params_digests", None)  # hundreds of columns that no table needs
+    for name in ("params_digests", "metrics_digest", "digest"):  # hundreds of columns that no table needs
+        summary.pop(name, None)
     row = dict(_flatten(summary))
     for key, value in _flatten(config):
         if key in row and row[key] != value:

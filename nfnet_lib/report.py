@@ -4,7 +4,6 @@ Nothing here computes results: tables and sentences come from the records, figur
 """
 
 import html
-import json
 import shutil
 import subprocess
 import sys
@@ -13,12 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nfnet_lib import PROJECT, paper
+from nfnet_lib.locks import exclusive
 from nfnet_lib.records import FAILURE, RecordError, collect, write_json
 from nfnet_lib.report_pages import finish_site, write_source
+from nfnet_lib.status import failure_message
 
 if TYPE_CHECKING:
     import pandas as pd
 
+BUILD_SECONDS = 600  # that a build waits for another one of the same report
 PUBLISHED = PROJECT / "outputs" / "published"
 
 
@@ -155,7 +157,7 @@ def run_table(study_dir: Path) -> "pd.DataFrame":
     ]
     table = records[columns].assign(state="done")
     failed = [
-        {"run_id": path.parent.name, "state": f"failed: {json.loads(path.read_text())['error']}"}
+        {"run_id": path.parent.name, "state": f"failed: {failure_message(path)}"}
         for path in sorted(study_dir.glob(f"*/{FAILURE}"))
         if path.parent.name not in set(table["run_id"])
     ]
@@ -170,7 +172,11 @@ def build_report(study_dir: str | Path) -> Path:
     study_dir = Path(study_dir)
     if not any(study_dir.glob("*/summary.json")) and not any(study_dir.glob(f"*/{FAILURE}")):
         raise FileNotFoundError(f"{study_dir}: no runs to report; `nfnet study` makes them")
-    with tempfile.TemporaryDirectory(dir=study_dir, prefix=".report-") as temporary:
+    building = study_dir / ".report"
+    with exclusive(building, "report", BUILD_SECONDS), tempfile.TemporaryDirectory(dir=building) as temporary:
+        for old in building.iterdir():  # of builds that were killed
+            if old.is_dir() and old != Path(temporary):
+                shutil.rmtree(old, ignore_errors=True)
         source, site = Path(temporary) / "source", Path(temporary) / "site"
         write_source(study_dir, source, front_page(study_dir), run_table(study_dir))
         done = subprocess.run(

@@ -3,9 +3,11 @@
 A source has a length and `[i]`; nothing more is asked of it, so that an array-record file or a list serves as well.
 """
 
+import contextlib
 import difflib
 import hashlib
 import os
+import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -169,11 +171,7 @@ def cached(source: Source, cache_dir: str | os.PathLike) -> Source:
             raise ValueError("checksum differs")
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         images, labels = _rendered(source)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.stem}.{os.getpid()}.partial")
-        with partial.open("wb") as file:
-            np.savez(file, images=images, labels=labels, digest=_checksum(images, labels))
-        partial.replace(path)
+        _store(path, images, labels)
     return ArraySource(source.name, source.num_classes, source.fingerprint, images, labels)
 
 
@@ -183,6 +181,20 @@ def _rendered(source: FractalSource) -> tuple[np.ndarray, np.ndarray]:
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
         images, labels = zip(*threads.map(source.batch, parts), strict=True)
     return np.concatenate(images), np.concatenate(labels)
+
+
+def _store(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
+    """Write the file, or do without and say so: a cache on a full disk costs time, no run."""
+    partial = path.with_name(f"{path.stem}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            np.savez(file, images=images, labels=labels, digest=_checksum(images, labels))
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        print(f"note: rendered images are not kept for other runs: {error}", file=sys.stderr)
 
 
 def _checksum(images: np.ndarray, labels: np.ndarray) -> str:

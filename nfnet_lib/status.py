@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,7 +63,7 @@ def _status(folder: Path, root: Path, alive_seconds: int | float) -> dict[str, A
         if (folder / SUMMARY).is_file():
             row |= {"state": "done", "step": read_summary(folder).get("steps", row.get("step"))}
         elif failure.is_file() and not (metrics.is_file() and metrics.stat().st_mtime > failure.stat().st_mtime + 1):
-            row |= {"state": "failed", "message": _failure_message(failure)}
+            row |= {"state": "failed", "message": failure_message(failure)}
         else:
             lock = holder(folder)
             alive = lock.alive if lock else None
@@ -85,7 +86,8 @@ def _config_of(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _failure_message(path: Path) -> str:
+def failure_message(path: Path) -> str:
+    """The error that a failure.json tells, or that it is damaged."""
     try:
         return str(json.loads(path.read_text(encoding="utf-8"))["error"])
     except (ValueError, KeyError, TypeError) as error:
@@ -130,7 +132,7 @@ def status_lines(study_dir: str | os.PathLike) -> list[str]:
 
 
 def watch(study_dir: str | os.PathLike, seconds: float | int) -> None:
-    """Print `status_lines` every so many seconds, over the last ones, until ctrl-C."""
+    """Print `status_lines` every so many seconds, over the last ones, until ctrl-C or nobody reads any more."""
     try:
         while True:
             lines = status_lines(study_dir)
@@ -138,3 +140,5 @@ def watch(study_dir: str | os.PathLike, seconds: float | int) -> None:
             time.sleep(seconds)
     except KeyboardInterrupt:
         pass
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end

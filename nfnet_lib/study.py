@@ -353,7 +353,11 @@ def _refuse_other_study(study: StudyConfig, study_dir: Path) -> None:
     if not path.exists():
         return
     now = study.model_dump(mode="json")
-    before = StudyConfig.model_construct().model_dump(mode="json", warnings=False) | json.loads(path.read_text())
+    try:
+        before = StudyConfig.model_construct().model_dump(mode="json", warnings=False) | json.loads(path.read_text())
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"study: {project_relative(path)} is damaged ({error}); remove it to go on: runs say whose they are")\
+            from None
     for key in now:
         if key not in _FREE_TO_CHANGE and before.get(key) != now[key]:
             raise ConfigError(

@@ -98,17 +98,14 @@ def _publish(arguments: argparse.Namespace) -> int:
 
 def overrides(texts: list[str]) -> dict:
     """{NAME: value} of NAME=VALUE, values as YAML reads them."""
-    import yaml
+    from nfnet_lib.strict_yaml import parse
 
     result = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"-p: {text!r} is not NAME=VALUE")
-        try:
-            result[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"-p: {text!r}: the value is not YAML: {' '.join(str(error).split())}") from None
+        result[name] = parse(value, f"-p: the value of {name}")
     return result
 
 

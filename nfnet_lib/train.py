@@ -7,11 +7,8 @@ one without resumes from its newest sound checkpoint, and ends with the numbers 
 import contextlib
 import itertools
 import json
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +16,30 @@ import jax
 import numpy as np
 
 from nfnet_lib import PROJECT, distributed, provenance
-from nfnet_lib.checkpoint import Checkpoints
+from nfnet_lib.checkpoint import CheckpointError, Checkpoints, not_finite, restored
 from nfnet_lib.config import ConfigError, FinetuneConfig, PretrainConfig, RunConfig, config_from_params
 from nfnet_lib.data import QUARANTINE, Quarantine, load_sources, make_sampler, run_batches, selection_source
 from nfnet_lib.loader import LoaderError, on_device
 from nfnet_lib.locks import exclusive
 from nfnet_lib.program import EVAL_BATCH, PROGRAM_PARAMETERS, Programs, evaluate, programs
-from nfnet_lib.records import FAILURE, PARAMS, SUMMARY, MetricsWriter, read_metrics, read_summary, write_json
+from nfnet_lib.records import (
+    FAILURE,
+    PARAMS,
+    SUMMARY,
+    MetricsWriter,
+    RecordError,
+    read_metrics,
+    read_summary,
+    write_json,
+)
 from nfnet_lib.selection import Selection
 from nfnet_lib.sources import cached
+from nfnet_lib.stopping import STOP, asked_to_stop, heeding_sigterm
 from nfnet_lib.tensorboard import EventWriter
 from nfnet_lib.weights import load_pretrained, save_params, transfer
 
-STOP = "STOP"  # a file of this name in the run folder, or the study's, asks for one more checkpoint and a clean end
 LOCK_SECONDS = 60
+ADVICE = "a lower peak_lr may help"
 
 
 class Stopped(RuntimeError):
@@ -40,7 +47,7 @@ class Stopped(RuntimeError):
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss is not a number; the last checkpoint is kept."""
+    """The loss, the gradient or a parameter is not a number; checkpoints are from before, and are kept."""
 
 
 def run(config: RunConfig, out_dir: str | Path, *, cache_dir: str | Path | None = None, progress: bool = True) -> dict:
@@ -70,7 +77,7 @@ def run(config: RunConfig, out_dir: str | Path, *, cache_dir: str | Path | None 
         if distributed.is_primary():
             write_json(out_dir / PARAMS, config.model_dump(mode="json"))
             (out_dir / STOP).unlink(missing_ok=True)
-        asked = held.enter_context(_heeding_sigterm())
+        asked = held.enter_context(heeding_sigterm())
         summary = _train(config, out_dir, train_source, heldout_source, sampler, initial, asked, progress)
         if distributed.is_primary():
             write_json(out_dir / SUMMARY, summary)
@@ -108,15 +115,21 @@ def _train(config, out_dir, train_source, heldout_source, sampler, initial, aske
 
     quarantine = Quarantine(out_dir / QUARANTINE if primary else None, len(train_source), config.max_bad_fraction)
     selection = Selection(selection_source(config, train_source), state.params)
-    checkpoints = Checkpoints(out_dir / "checkpoints") if primary else None
-    begin, position, trained_seconds = 0, 0, 0.0
-    restored = _restored(checkpoints, (state, selection.params))
-    if restored is not None:
-        begin, (saved, best), record = restored
-        position = sampler.resume(record["data"], train_source.fingerprint)
+    checkpoints = Checkpoints(out_dir / "checkpoints", config.model_dump(mode="json")) if primary else None
+    begin, position, trained_seconds, waited, known_lines = 0, 0, 0.0, 0.0, None
+    environment, changes = provenance.environment(), []
+    if (found := restored(checkpoints, (state, selection.params))) is not None:
+        begin, (saved, best), record = found
+        try:
+            position = sampler.resume(record["data"], train_source.fingerprint)
+        except ValueError as error:
+            raise CheckpointError(f"checkpoint {begin} in {out_dir.name}: {error}") from None
         state = program.place_state(saved)
         selection.resume(best, record["selected"])
-        trained_seconds = record["seconds"]
+        trained_seconds, waited, known_lines = record["seconds"], record["waited"], record["metrics"]
+        changes = record["changes"] + provenance.changes(record["environment"], environment, begin)
+        for change in changes[len(record["changes"]) :] if primary else ():
+            print(f"note: resumed at {change}; later digits may differ", file=sys.stderr)
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     batches = run_batches(config, train_source, sampler, start=position, **share)
     log_at = _spread(config.log_points, config.steps)
@@ -145,20 +158,22 @@ def _train(config, out_dir, train_source, heldout_source, sampler, initial, aske
         program.step.wait()
         loop_clock = time.perf_counter()
         compile_seconds = loop_clock - clock
-        writer = stack.enter_context(MetricsWriter(out_dir / "metrics.jsonl", last_step=begin)) if primary else None
+        writer = MetricsWriter(out_dir / "metrics.jsonl", begin, known_lines) if primary else None
+        stack.enter_context(writer or contextlib.nullcontext())
         events = stack.enter_context(EventWriter(out_dir, last_step=begin)) if primary else None
         bar = stack.enter_context(_progress(config, begin, progress and primary))
 
         def read(metrics: dict, number: int, heldout: dict | None = None) -> None:
             """Metrics of an earlier step, when the device is already busy with the next, and an evaluation."""
-            loss = float(metrics["loss"])
-            if not np.isfinite(loss):
-                raise NonFiniteLoss(f"the loss is {loss} at step {number} of {config.steps}; a lower peak_lr may help")
+            loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
+            for name, value in (("loss", loss), ("norm of the gradient", norm)):
+                if not np.isfinite(value):
+                    raise NonFiniteLoss(f"the {name} is {value} at step {number} of {config.steps}; {ADVICE}")
             if writer is not None and (number in log_at or heldout):
                 rate = (number - begin) * config.batch_size / (time.perf_counter() - loop_clock)
                 line = {
                     "epoch": number * config.batch_size / config.examples_per_epoch, "loss": loss, "lr": float(metrics["lr"]),
-                    "grad_norm": float(metrics["grad_norm"]), "images_per_second": round(rate, 1), **(heldout or {}),
+                    "grad_norm": norm, "images_per_second": round(rate, 1), **(heldout or {}),
                 }  # fmt: skip
                 writer.write(number, **line)
                 events.write(number, **line)
@@ -167,7 +182,9 @@ def _train(config, out_dir, train_source, heldout_source, sampler, initial, aske
 
         pending = None
         for number in range(begin + 1, config.steps + 1):
+            asked_at = time.perf_counter()
             batch, examples = next(ahead)
+            waited += time.perf_counter() - asked_at
             quarantine.add(batch.bad)
             state, metrics = program.step(state, examples, schedule, noise_key)
             if alone:
@@ -175,7 +192,7 @@ def _train(config, out_dir, train_source, heldout_source, sampler, initial, aske
             if pending is not None:
                 read(pending, number - 1)
             pending = metrics
-            stopping = _asked_to_stop(asked, stop_files, number)
+            stopping = asked_to_stop(asked, stop_files, number)
             results = evaluated(state, number) if number in eval_at else None
             if results or number in save_at or stopping:
                 read(pending, number, results)
@@ -183,12 +200,15 @@ def _train(config, out_dir, train_source, heldout_source, sampler, initial, aske
             if number in save_at or stopping:
                 seconds = trained_seconds + time.perf_counter() - loop_clock
                 data = sampler.state(batch.position, train_source.fingerprint)
-                record = {"data": data, "seconds": seconds, "selected": selection.record}
                 saved = distributed.host_copy((state, selection.params))
+                _refuse_not_finite(saved, number, config)
                 quarantine.merge()
                 if primary:
                     writer.sync()
-                    checkpoints.save(number, saved, record)
+                    checkpoints.save(number, saved, {
+                        "data": data, "seconds": seconds, "waited": waited, "selected": selection.record,
+                        "metrics": writer.digest, "environment": environment, "changes": changes,
+                    })  # fmt: skip
             if stopping:
                 if primary:
                     checkpoints.close()
@@ -199,8 +219,12 @@ def _train(config, out_dir, train_source, heldout_source, sampler, initial, aske
     results, kept = _final(config, program, state, selection, evaluated, heldout_source, quarantine)
     quarantine.merge()
     kept = distributed.host_copy(kept)
+    _refuse_not_finite(kept, config.steps, config)
+    if wrong := [name for name, value in results.items() if isinstance(value, float) and not np.isfinite(value)]:
+        raise NonFiniteLoss(f"{wrong[0]} is {results[wrong[0]]} after {config.steps} steps; {ADVICE}")
     if primary:
-        results |= {"params_digests": save_params(out_dir, kept)}
+        results |= {"params_digests": save_params(out_dir, kept), "metrics_digest": writer.digest}
+        results |= {"data_wait_seconds": waited} | ({"changes": changes} if changes else {})
         checkpoints.close()
         curve = read_metrics(out_dir)["loss"]
         results |= {f"{split}_quarantined": len(ids) for split, ids in quarantine.ids.items()}
@@ -233,39 +257,9 @@ def _final(
     return chosen | results | found | {"kept_step": step, "kept_weights": weights}, kept
 
 
-def _restored(checkpoints: Checkpoints | None, state) -> tuple[int, Any, dict] | None:
-    """(step, state, record) of the newest sound checkpoint, which the first process reads; None where there is none."""
-    template = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state)
-    restored = checkpoints.restore(template) if checkpoints is not None else None
-    if restored is not None:
-        checkpoints.discard_above(restored[0])
-    found = distributed.told(None if restored is None else {"step": restored[0], "record": restored[2]})
-    if found is None:
-        return None
-    saved = template if restored is None else restored[1]
-    return found["step"], distributed.told_arrays(saved), found["record"]
-
-
-def _asked_to_stop(asked: threading.Event, stop_files: list[Path], number: int) -> bool:
-    """Whether this step is to be the last for now; several processes ask each other every few steps."""
-    own = asked.is_set() or (distributed.is_primary() and any(file.exists() for file in stop_files))
-    if jax.process_count() == 1:
-        return own
-    return number % distributed.AGREE_EVERY == 0 and any(distributed.gathered(own))
-
-
-@contextlib.contextmanager
-def _heeding_sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, as a pre-empted machine sends it; where signals can be handled, in the main thread."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    previous = signal.signal(signal.SIGTERM, lambda *_: asked.set())
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+def _refuse_not_finite(tree, number: int, config: RunConfig) -> None:
+    if path := not_finite(tree):
+        raise NonFiniteLoss(f"{path} is not finite at step {number} of {config.steps}; {ADVICE}")
 
 
 def _agree(check) -> None:
@@ -295,7 +289,13 @@ def _refuse_devices(config: RunConfig, devices: int) -> None:
 def _refuse_other(config: RunConfig, out_dir: Path) -> None:
     params = out_dir / PARAMS
     if params.exists():
-        before = json.loads(params.read_text())
+        try:
+            before = json.loads(params.read_text())
+            if not isinstance(before, dict):
+                raise ValueError(f"it holds {type(before).__name__}, not an object")
+        except ValueError as error:
+            raise ConfigError(f"out_dir: {params} is damaged ({error}); remove it to go on: checkpoints say whose they are")\
+                from None
         now = config.model_dump(mode="json")
         for name in sorted(set(before) | set(now)):
             if before.get(name) != now.get(name):
@@ -330,7 +330,7 @@ def main(argv: list[str] | None = None) -> int:
     75 stopped."""
     import argparse
 
-    import yaml
+    from nfnet_lib.strict_yaml import read_mapping
 
     parser = argparse.ArgumentParser(prog="python -m nfnet_lib.train", description="Train one run, or resume it.")
     parser.add_argument("params", type=Path, help="YAML or JSON file of flat parameters")
@@ -347,9 +347,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.distributed or arguments.coordinator:
             distributed.start(arguments.coordinator, arguments.processes, arguments.process_id)
-        config = config_from_params(yaml.safe_load(arguments.params.read_text()))
+        config = config_from_params(read_mapping(arguments.params, "params"))
         summary = run(config, arguments.out, cache_dir=arguments.cache_dir)
-    except (ConfigError, OSError, yaml.YAMLError) as error:
+    except (ConfigError, RecordError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except LoaderError as error:

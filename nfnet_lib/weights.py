@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nfnet_lib import models
-from nfnet_lib.big_vision import load_big_vision
+from nfnet_lib.big_vision import load_big_vision, refuse_bomb
 from nfnet_lib.checkpoint import leaf_digests
 from nfnet_lib.config import ConfigError, FinetuneConfig, config_from_params
 from nfnet_lib.pretrained import WeightsError, load_deepmind, load_timm
@@ -52,8 +52,12 @@ def _kind(path: Path) -> str:
 def load_params(run_dir: str | Path) -> Any:
     """The parameters of a finished run, as models.create(...).apply takes them: the moving average where it has one."""
     summary = read_summary(run_dir)
-    with np.load(Path(run_dir) / "params.npz") as file:
-        flat = dict(file)
+    try:
+        refuse_bomb(Path(run_dir) / "params.npz")
+        with np.load(Path(run_dir) / "params.npz") as file:
+            flat = dict(file)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"{run_dir}: params.npz is damaged: {error}") from None
     for path, digest in summary["params_digests"].items():
         if path not in flat or leaf_digests({"": flat[path]})["['']"] != digest:
             raise ConfigError(f"{run_dir}: params.npz is damaged at {path}")

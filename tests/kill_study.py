@@ -16,6 +16,7 @@ from pathlib import Path
 
 TIMES = {
     "seconds", "compile_seconds", "wall_seconds", "images_per_second", "core_hours", "started_at", "finished_at", "time",
+    "data_wait_seconds", "metrics_digest", "digest",  # digests are of times, too
 }  # fmt: skip
 
 
