@@ -152,8 +152,8 @@ def measure(case: tuple[str, int, int], engines: dict, rounds: int, peak: float,
                 ratios = sorted(b / a for a, b in zip(values, seconds[other], strict=True))
                 line += f"; {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) times {other}'s images/s"
         print(line + f"; first step after {engines[engine][1]:.0f} s", flush=True)
-    if trace:
-        best = min((e for e in engines if e.startswith("ours")), key=lambda e: statistics.median(seconds[e]))
+    if trace and (ours := [engine for engine in engines if engine.startswith("ours")]):
+        best = min(ours, key=lambda engine: statistics.median(seconds[engine]))
         engines[best][0].send("trace")
         engines[best][0].recv()
         print(f"traced {best}")
@@ -177,7 +177,7 @@ def main() -> None:
         for engine in arguments.engines:
             pipe, other = context.Pipe()
             trace = os.path.join(arguments.trace, case[0])
-            process = context.Process(target=serve, args=(other, engine, case, trace), daemon=True)
+            process = context.Process(target=serve, args=(other, engine, case, trace))  # not daemonic: inductor has workers
             process.start()
             other.close()
             started.append((case, engine, pipe, process))
@@ -198,6 +198,9 @@ def main() -> None:
     for case in cases:
         if ready[case]:
             measure(case, ready[case], arguments.rounds, peak, arguments.trace)
+    for *_, process in started:
+        process.join(20)
+        process.kill()
 
 
 if __name__ == "__main__":
