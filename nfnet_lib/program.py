@@ -64,8 +64,7 @@ class Programs(NamedTuple):
 
     def keys(self, seed: int) -> tuple[Array, Array]:
         """The keys of a run's initialisation and of its noise, on every device."""
-        split = jax.jit(lambda seed: tuple(jax.random.split(jax.random.key(seed))), out_shardings=replicated(self.mesh))
-        return split(np.uint32(seed))
+        return _key_maker(self.mesh)(np.uint32(seed))
 
     def schedule(self, peak_lr: float, warmup_steps: int, steps: int) -> Schedule:
         """A run's schedule, on every device."""
@@ -84,6 +83,12 @@ class Programs(NamedTuple):
     def place_params(self, params: PyTree) -> PyTree:
         """Parameters of the host, as evaluation wants them."""
         return place(params, self.state_shardings.params)
+
+
+@functools.lru_cache(maxsize=1)
+def _key_maker(mesh: Mesh):
+    """Compiled once: a process may make thousands of runs."""
+    return jax.jit(lambda seed: tuple(jax.random.split(jax.random.key(seed))), out_shardings=replicated(mesh))
 
 
 @functools.lru_cache(maxsize=1)

@@ -160,6 +160,7 @@ def _train(config, out_dir, train_source, heldout_source, sampler, initial, aske
         compile_seconds = loop_clock - clock
         writer = MetricsWriter(out_dir / "metrics.jsonl", begin, known_lines) if primary else None
         stack.enter_context(writer or contextlib.nullcontext())
+        stack.callback(checkpoints.close if primary else lambda: None)  # what is being saved is on disk, however this ends
         events = stack.enter_context(EventWriter(out_dir, last_step=begin)) if primary else None
         bar = stack.enter_context(_progress(config, begin, progress and primary))
 
@@ -210,8 +211,6 @@ def _train(config, out_dir, train_source, heldout_source, sampler, initial, aske
                         "metrics": writer.digest, "environment": environment, "changes": changes,
                     })  # fmt: skip
             if stopping:
-                if primary:
-                    checkpoints.close()
                 raise Stopped(f"stopped at step {number} of {config.steps}; start it again to resume")
         if pending is not None:
             read(pending, config.steps)
@@ -225,7 +224,6 @@ def _train(config, out_dir, train_source, heldout_source, sampler, initial, aske
     if primary:
         results |= {"params_digests": save_params(out_dir, kept), "metrics_digest": writer.digest}
         results |= {"data_wait_seconds": waited} | ({"changes": changes} if changes else {})
-        checkpoints.close()
         curve = read_metrics(out_dir)["loss"]
         results |= {f"{split}_quarantined": len(ids) for split, ids in quarantine.ids.items()}
         results |= {"train_loss": float(curve.tail(max(1, len(curve) // 10)).mean())}
