@@ -1,13 +1,13 @@
 """Whole training steps of full variants on one GPU, bfloat16: this library in several forms, and timm under torch.compile.
 
-    python benchmarks/gpu_step.py                          # F0 with 128 images of 224 px, F3 with 32
+    python benchmarks/gpu_step.py                          # F0 with 64 images of 224 px, F3 with 32
     python benchmarks/gpu_step.py --case F1:64:192 --engines ours:lax:none:1 timm
 
 An engine of ours is ours:FORM:REMAT:UNROLL (convolution.FORMS, remat.REMAT, blocks a scan step): the step that `train.run`
 compiles, with AGC and weight standardisation. timm's is dm_nfnet_f*, channels_last, autocast, cuDNN's autotuning, fused SGD
-with Nesterov momentum; "timm" leaves AGC out, which favours it, "timm+agc" has timm's. Data lie on the device. Every engine
-compiles in a process of its own, all at once; then they take turns, a few steps each, so that a ratio is between neighbours
-in time.
+with Nesterov momentum; "timm" leaves AGC out, which favours it, "timm+agc" has timm's, "timm:blocks" is compiled by blocks,
+since all of F3 takes minutes. Data lie on the device. Every engine compiles in a process of its own, all at once; then
+they take turns, a few steps each, so that a ratio is between neighbours in time.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def jax_step(variant: str, batch: int, side: int, form: str, remat: str, unroll:
     return run, 2 * flops.forward_macs(config.architecture, side, CLASSES, config.bottleneck_rule)
 
 
-def timm_step(variant: str, batch: int, side: int, agc: bool):
+def timm_step(variant: str, batch: int, side: int, agc: bool, blocks: bool):
     import timm
     import torch
     from timm.utils.agc import adaptive_clip_grad
@@ -69,7 +69,9 @@ def timm_step(variant: str, batch: int, side: int, agc: bool):
     clipped = [p for name, p in model.named_parameters() if not name.startswith("head.fc.weight")]
     images = torch.randn(batch, 3, side, side, device="cuda").to(memory_format=torch.channels_last)
     labels = torch.randint(0, CLASSES, (batch,), device="cuda")
-    compiled = torch.compile(model)
+    compiled = model if blocks else torch.compile(model)
+    for part in (model.stem, *(block for stage in model.stages for block in stage), model.final_conv) if blocks else ():
+        part.compile()
 
     def run(steps: int) -> float:
         for _ in range(steps):
@@ -113,7 +115,7 @@ def serve(pipe, engine: str, case: tuple[str, int, int], trace: str) -> None:
         if kind == "ours":
             run, flop = jax_step(*case, settings[0], settings[1], int(settings[2]))
         else:
-            run, flop = timm_step(*case, kind == "timm+agc")
+            run, flop = timm_step(*case, kind == "timm+agc", settings == ["blocks"])
         first = run(1)
         compiled = time.perf_counter() - began
         run(5)
@@ -165,13 +167,13 @@ def measure(case: tuple[str, int, int], engines: dict, rounds: int, peak: float,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", action="append", metavar="VARIANT:BATCH:PIXELS", help="default F0:128:224, F3:32:224")
-    parser.add_argument("--engines", nargs="+", default=["ours:lax:none:1", "ours:pointwise:none:1", "timm"])
+    parser.add_argument("--case", action="append", metavar="VARIANT:BATCH:PIXELS", help="default F0:64:224, F3:32:224")
+    parser.add_argument("--engines", nargs="+", default=["ours:lax:none:1", "ours:pointwise:none:1", "timm:blocks"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--wait", type=float, default=300, help="seconds that compilation may take")
     parser.add_argument("--trace", default="", metavar="DIR", help="keep a profile of the fastest of ours in DIR/VARIANT")
     arguments = parser.parse_args()
-    cases = [(v, int(b), int(s)) for v, b, s in (case.split(":") for case in arguments.case or ["F0:128:224", "F3:32:224"])]
+    cases = [(v, int(b), int(s)) for v, b, s in (case.split(":") for case in arguments.case or ["F0:64:224", "F3:32:224"])]
     context, started, began = multiprocessing.get_context("spawn"), [], time.perf_counter()
     for case in reversed(cases):  # the largest first: it compiles longest
         for engine in arguments.engines:
