@@ -109,10 +109,27 @@ class TFDSSource(EncodedSource):
         self.labels_per_example = 1 if labels is feature else MAX_LABELS
         length = checked_length(name, split, num_examples, len(self._data))
         shards = {s: list(splits[s].shard_lengths) for s in sorted(splits) if s in wanted}
+        self._check_shards(name, shards.get(wanted, [len(self._data)]))
         mark = {"name": name, "version": str(builder.info.version), "split": wanted, "n": length, "shards": shards}
         if self._feature != "label":
             mark["label_feature"] = self._feature
         super().__init__(name, labels.names, length, digest(**mark))
+
+    def _check_shards(self, name: str, lengths: list[int]) -> None:
+        """ValueError for a shard that is missing or cut, of which neither the first nor the last example can be read."""
+        end = 0
+        for number, length in enumerate(lengths):
+            begin, end, error = end, end + length, None
+            for index in (end - 1, begin)[: min(2, length)]:
+                try:
+                    self._data[index]
+                    break
+                except Exception as failed:  # of C++ code, of many kinds
+                    error = failed
+            else:
+                if error is not None:
+                    text = str(error).strip().splitlines()[0]
+                    raise ValueError(f"dataset: {name!r}: shard {number} of {len(lengths)} can't be read: {text}")
 
     def _read(self, index: int) -> tuple[bytes | np.ndarray, tuple[int, ...]]:
         example = self._data[index]

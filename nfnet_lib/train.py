@@ -64,6 +64,7 @@ def run(config: RunConfig, out_dir: str | Path, *, cache_dir: str | Path | None 
         print("note: bfloat16 activations are emulated on CPU, and slow", file=sys.stderr)
     _refuse_devices(config, jax.device_count())
     train_source, heldout_source = load_sources(config)
+    _refuse_disagreement(config, train_source.fingerprint, heldout_source.fingerprint)
     sampler, initial = make_sampler(config, train_source), None
     if isinstance(config, FinetuneConfig):
         initial = load_pretrained(config, out_dir.parent, train_source.num_classes)
@@ -272,6 +273,17 @@ def _agree(check) -> None:
         raise ConfigError(error)
 
 
+def _refuse_disagreement(config: RunConfig, *fingerprints: str) -> None:
+    """ConfigError unless all processes have the same parameters and data: each would train on something of its own."""
+    found = distributed.gathered([config.model_dump(mode="json"), list(fingerprints)])
+    for number, (other, data) in enumerate(found):
+        if different := [name for name in found[0][0] if found[0][0][name] != other.get(name)]:
+            name = different[0]
+            raise ConfigError(f"{name}: {found[0][0][name]!r} in process 0, {other.get(name)!r} in process {number}")
+        if data != found[0][1]:
+            raise ConfigError(f"dataset: process {number} sees other data in {config.dataset!r} than process 0")
+
+
 def _finished(out_dir: Path) -> dict | None:
     return read_summary(out_dir) if distributed.is_primary() and (out_dir / SUMMARY).exists() else None
 
@@ -324,8 +336,8 @@ def _progress(config: RunConfig, begin: int, shown: bool):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`python -m nfnet_lib.train params.yaml --out DIR`; exit codes 0 done, 1 bad data, 2 bad parameters, 3 diverged,
-    75 stopped."""
+    """`python -m nfnet_lib.train params.yaml --out DIR`; exit codes 0 done, 1 bad data or no memory, 2 bad input,
+    3 diverged, 75 stopped."""
     import argparse
 
     from nfnet_lib.strict_yaml import read_mapping
@@ -352,6 +364,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except LoaderError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"error: {str(error).splitlines()[0]} A smaller batch_size or resolution needs less.", file=sys.stderr)
         return 1
     except NonFiniteLoss as error:
         if distributed.is_primary():

@@ -27,20 +27,21 @@ SMALL = {  # compiles in seconds; 20 steps
 LIMIT = 240  # seconds; collectives that wait for nobody would wait for ever
 
 
-def start(folder, params, *, devices=1, processes=1):
-    """Processes of one run in `folder`."""
+def start(folder, params, *, devices=1, processes=1, last=None):
+    """Processes of one run in `folder`. last: parameters of the last of them that differ."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    path = folder.with_suffix(".json")
-    path.write_text(json.dumps(params))
+    paths = [folder.with_suffix(".json")] * (processes - 1) + [folder.with_suffix(".last.json" if last else ".json")]
+    for path, changes in ((paths[-1], last or {}), (folder.with_suffix(".json"), {})):
+        path.write_text(json.dumps(params | changes))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)
     }  # fmt: skip
-    command = [sys.executable, "-m", "nfnet_lib.train", str(path), "--out", str(folder)]
     started = []
     for number in range(processes):
+        command = [sys.executable, "-m", "nfnet_lib.train", str(paths[number]), "--out", str(folder)]
         who = ["--coordinator", address, "--processes", str(processes), "--process-id", str(number)]
         log = folder.with_suffix(f".{number}.log").open("w")
         started.append(
@@ -170,6 +171,13 @@ def test_a_batch_that_does_not_divide_among_the_devices_is_refused(tmp_path):
     end([process], expected=2)
     text = (tmp_path / "run.0.log").read_text()
     assert "batch_size: 20 does not divide among 8 devices" in text and not (tmp_path / "run").exists()
+
+
+def test_processes_that_disagree_are_refused_before_anything_is_written(tmp_path):
+    end(start(tmp_path / "run", SMALL, processes=2, last={"seed": 4}), expected=2)
+    for number in range(2):
+        assert "error: seed: 0 in process 0, 4 in process 1" in (tmp_path / f"run.{number}.log").read_text()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

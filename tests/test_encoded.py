@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -85,6 +86,44 @@ def test_tfds_splits_sizes_and_near_names(tfds_dir):
 def test_known_traps_say_what_to_do(tmp_path, name, words):
     with pytest.raises(ValueError, match=words):
         load_source(f"tfds:{name}", "train", data_dir=tmp_path)
+
+
+def records_of(tfds_dir, tmp_path):
+    """A copy of the prepared set, and its training records."""
+    shutil.copytree(tfds_dir, tmp_path / "data")
+    (path,) = (tmp_path / "data" / "tiny_shapes").rglob("*train*.array_record*")
+    return path
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "not a record file"])
+def test_damaged_array_records_are_refused_when_opened(tfds_dir, tmp_path, damage):
+    path = records_of(tfds_dir, tmp_path)
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes({"empty": b"", "truncated": content[: len(content) // 2]}.get(damage, b"x" * len(content)))
+    config = PretrainConfig(dataset="tfds:tiny_shapes", data_dir=str(tmp_path / "data"), examples_per_epoch=120,
+                            heldout_examples=30, batch_size=30)  # fmt: skip
+    with pytest.raises(ConfigError, match=r"dataset: .tfds:tiny_shapes.: shard 0 of 1 can.t be read: "):
+        load_sources(config)
+
+
+def test_a_flipped_bit_of_an_array_record_costs_the_examples_it_hits(tfds_dir, tmp_path):
+    path = records_of(tfds_dir, tmp_path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+    source = load_source("tfds:tiny_shapes", "train", data_dir=tmp_path / "data")
+    sound = load_source("tfds:tiny_shapes", "train", data_dir=tfds_dir)
+    found, whole = (
+        next(train_batches(s, ExactlyOnceSampler(120, 0), batch_size=120, resolution=16, seed=0, workers=0))
+        for s in (source, sound)
+    )
+    bad = {b.id for b in found.bad}
+    assert 1 <= len(bad) < 120
+    for row, index in enumerate(found.ids.tolist()):
+        if index not in bad:
+            np.testing.assert_array_equal(found.images[row], whole.images[row])
 
 
 def test_several_labels_an_example(tfds_dir):
