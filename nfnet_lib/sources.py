@@ -9,7 +9,6 @@ import hashlib
 import os
 import sys
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -170,17 +169,9 @@ def cached(source: Source, cache_dir: str | os.PathLike) -> Source:
         if stored != _checksum(images, labels):
             raise ValueError("checksum differs")
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        images, labels = _rendered(source)
+        images, labels = source.batch(np.arange(len(source), dtype=np.int64))
         _store(path, images, labels)
     return ArraySource(source.name, source.num_classes, source.fingerprint, images, labels)
-
-
-def _rendered(source: FractalSource) -> tuple[np.ndarray, np.ndarray]:
-    """All its images and labels, made by as many threads as this process has cores."""
-    parts = np.array_split(np.arange(len(source), dtype=np.int64), -(-len(source) // 1024))
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-        images, labels = zip(*threads.map(source.batch, parts), strict=True)
-    return np.concatenate(images), np.concatenate(labels)
 
 
 def _store(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
