@@ -328,6 +328,18 @@ def results_csv(df: "pd.DataFrame", path: str | os.PathLike) -> None:
     _replace(Path(path), df.to_csv(index=False, lineterminator="\n"))
 
 
+def scale(runs: "pd.DataFrame | Mapping[str, Any]") -> str:
+    """What a figure of these runs (of `collect`), or of one summary, must say of their scale: "laptop scale" where CPUs ran all
+    of them, otherwise the devices ("1 x NVIDIA H100 80GB HBM3"). Records that name no platform are of CPUs."""
+    rows = [runs] if isinstance(runs, Mapping) else runs.to_dict("records")
+    found = {
+        f"{int(row.get('device_count') or 1)} x {row.get('device_kind') or row['platform']}"
+        for row in rows
+        if isinstance(row.get("platform"), str) and row["platform"] != "cpu"
+    }
+    return ", ".join(sorted(found)) or "laptop scale"
+
+
 def headline(summary: Mapping[str, Any]) -> "pd.DataFrame":
     """The figures of one run that a reader looks for first, as a one-column table."""
     import pandas as pd

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from nfnet_lib import PROJECT, paper
 from nfnet_lib.locks import exclusive
-from nfnet_lib.records import FAILURE, RecordError, collect, write_json
+from nfnet_lib.records import FAILURE, RecordError, collect, scale, write_json
 from nfnet_lib.report_pages import finish_site, write_source
 from nfnet_lib.status import failure_message
 
@@ -57,7 +57,7 @@ def answer(records: "pd.DataFrame") -> list[str]:
     law, interval = result.law, result.interval
     between = f" (90% interval {interval.low:.3f} to {interval.high:.3f})" if interval else ""
     sentences = [
-        f"At laptop scale, over {result.decades:.1f} decades of compute, the lowest held-out loss falls as compute to the"
+        f"At {_scale(records)}, over {result.decades:.1f} decades of compute, the lowest held-out loss falls as compute to the"
         f" power -{law.exponent:.3f}{between}; the straight line on log-log axes explains {law.r_squared:.1%} of it."
     ]
     points = result.points
@@ -77,8 +77,8 @@ def answer(records: "pd.DataFrame") -> list[str]:
         plain = tuned[~tuned["repeated_augmentation"]]["top1_error_percent"].mean()
         with_repeats = tuned[tuned["repeated_augmentation"]]["top1_error_percent"].mean()
         sentence = (
-            f"Fine-tuned on digits, {best['variant']} does best, with {best['top1_error_percent']:.2f}% top-1 error "
-            f"({repeated})"
+            f"Fine-tuned on {_datasets(records)}, {best['variant']} does best, with {best['top1_error_percent']:.2f}% top-1"
+            f" error ({repeated})"
         )
         if with_repeats == with_repeats and plain == plain:
             sentence += (
@@ -88,11 +88,27 @@ def answer(records: "pd.DataFrame") -> list[str]:
     return sentences
 
 
+def _scale(records: "pd.DataFrame") -> str:
+    """`scale` after "at"."""
+    found = scale(records)
+    return found if found.endswith("scale") else f"the scale of {found}"
+
+
+def _datasets(records: "pd.DataFrame") -> str:
+    """Data sets of the fine-tuning runs."""
+    return ", ".join(sorted(set(records.loc[records["kind"] == "finetune", "dataset"])))
+
+
 def sentences(texts: list[str]):
-    """A list of generated sentences, as a notebook shows it."""
+    """A list of generated sentences, as a notebook shows it; names of data and classes in them stay text."""
     from IPython.display import Markdown
 
-    return Markdown("\n".join(f"- {text}" for text in texts))
+    return Markdown("\n".join(f"- {as_text(text)}" for text in texts))
+
+
+def as_text(text: str) -> str:
+    """Markdown that shows `text` as it is, with no tags or links of its own."""
+    return html.escape(text, quote=False).replace("](", "]&#40;")
 
 
 def provenance(records: "pd.DataFrame") -> "pd.DataFrame":
@@ -133,10 +149,10 @@ def comparison(records: "pd.DataFrame") -> "pd.DataFrame":
          f"exponent {result.law.exponent:.3f}, R^2 {result.law.r_squared:.3f} over {result.decades:.1f} decades"),
         ("best learning rates", "0.4 to 1.6 (Figure 3)", f"{cells['best_lr'].min():g} to {cells['best_lr'].max():g}"),
         ("best fine-tuned top-1 error", "9.6%, ImageNet, F7+ with RA (text)",
-         f"{tuned['top1_error_percent'].min():.2f}%, handwritten digits" if len(tuned) else "none run"),
+         f"{tuned['top1_error_percent'].min():.2f}%, {_datasets(records)}" if len(tuned) else "none run"),
     ]  # fmt: skip
     assert most >= 110e3
-    return pd.DataFrame(rows, columns=["what", "paper", "ours (laptop scale)"]).set_index("what")
+    return pd.DataFrame(rows, columns=["what", "paper", f"ours ({scale(records)})"]).set_index("what")
 
 
 def run_table(study_dir: Path) -> "pd.DataFrame":
@@ -217,20 +233,20 @@ NOT_REPRODUCED = (
     "Anything at the scale of JFT-4B: the data set and the weights are not public.",
     "The match with vision transformers at equal compute after fine-tuning on ImageNet: that needs both families pre-trained at"
     " scale; 06_families compares small ones of our own.",
-    "Times on TPUs: core-hours of TPU v4 are by the paper's own formula, and nothing here has run on one.",
+    "Times on TPUs: core-hours of TPU v4 are by the paper's own formula.",
 )
 
 
 def front_page(study_dir: Path) -> str:
     """The first page in Markdown: question, answer, figures beside the paper's claims, what is missing, provenance."""
+    records = collect(study_dir)
     lines = [
         "# ConvNets at scale: a reproduction report", "",
-        "The open companion to *ConvNets Match Vision Transformers at Scale* (arXiv 2310.16764), at laptop scale.", "",
+        f"The open companion to *ConvNets Match Vision Transformers at Scale* (arXiv 2310.16764), at {_scale(records)}.", "",
         "## The question", "", QUESTION, "", "## The answer", "",
     ]  # fmt: skip
-    records = collect(study_dir)
     try:
-        lines += [f"- {text}" for text in answer(records)]
+        lines += [f"- {as_text(text)}" for text in answer(records)]
         table = _markdown(comparison(records))
     except ValueError as error:  # too few runs for a fit: the pages say what there is
         lines += [f"There is no answer yet: {error}"]

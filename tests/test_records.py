@@ -244,3 +244,11 @@ def test_read_metrics_of_nothing(tmp_path):
         records.read_metrics(tmp_path)
     (tmp_path / "metrics.jsonl").touch()
     assert len(records.read_metrics(tmp_path)) == 0
+
+
+def test_the_scale_of_runs_is_laptop_unless_an_accelerator_ran_them():
+    cpu = {"platform": "cpu", "device_kind": "cpu", "device_count": 1}
+    gpu = {"platform": "gpu", "device_kind": "NVIDIA H100 80GB HBM3", "device_count": 1}
+    tpu = {"platform": "tpu", "device_kind": "TPU v4", "device_count": 64}
+    assert records.scale(cpu) == records.scale(pd.DataFrame([cpu, cpu])) == records.scale({}) == "laptop scale"
+    assert records.scale(pd.DataFrame([cpu, tpu, gpu])) == "1 x NVIDIA H100 80GB HBM3, 64 x TPU v4"
