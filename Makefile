@@ -31,7 +31,7 @@ UV_CACHE_DIR := $(shell d="$${XDG_CACHE_HOME:-$${HOME:+$$HOME/.cache}}"; cache="
 endif
 export UV_CACHE_DIR
 
-.PHONY: help reproduce test lint lab app profile bench constraints clean
+.PHONY: help reproduce test faults audit lint lab app profile bench constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -41,6 +41,12 @@ reproduce: $(STAMP) ## run the laptop study and write its report; prints the rep
 
 test: lint $(VENV)/.extra-ray $(VENV)/.extra-app $(if $(filter-out 0,$(PARITY)),$(VENV)/.parity) $(if $(filter-out 0,$(BROWSER)),$(VENV)/.browser) ## lint, then run every test (PARITY=0: without PyTorch and timm; BROWSER=0: without a browser)
 	$(BIN)/python -m pytest $(if $(filter 0,$(BROWSER)),-m "not browser") $(ARGS)
+
+faults: $(STAMP) $(VENV)/.extra-ray $(VENV)/.extra-app ## make every fault of docs/reliability.md, in its long form, and write what happened
+	$(BIN)/python tests/faults.py $(ARGS)
+
+audit: $(STAMP) $(VENV)/.extra-audit ## look up known vulnerabilities of the pinned versions
+	$(BIN)/python tests/audit.py
 
 lint: $(STAMP) ## check the code with ruff
 	$(BIN)/ruff check .
@@ -66,13 +72,13 @@ clean: ## remove .venv and caches; outputs/ stays
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A user's own Jupyter, IPython or matplotlib settings must not change results.
-reproduce test bench: export JUPYTER_CONFIG_DIR := $(HERE)/jupyter/config
-reproduce test bench: export JUPYTER_DATA_DIR := $(HERE)/jupyter/data
-reproduce test bench: export JUPYTER_RUNTIME_DIR := $(HERE)/jupyter/runtime
-reproduce test bench: export IPYTHONDIR := $(HERE)/ipython
-reproduce test bench: export MPLCONFIGDIR := $(HERE)/matplotlib
-reproduce test bench: export XDG_CACHE_HOME := $(HERE)/cache
-test: export JAX_PLATFORMS ?= cpu
+reproduce test faults bench: export JUPYTER_CONFIG_DIR := $(HERE)/jupyter/config
+reproduce test faults bench: export JUPYTER_DATA_DIR := $(HERE)/jupyter/data
+reproduce test faults bench: export JUPYTER_RUNTIME_DIR := $(HERE)/jupyter/runtime
+reproduce test faults bench: export IPYTHONDIR := $(HERE)/ipython
+reproduce test faults bench: export MPLCONFIGDIR := $(HERE)/matplotlib
+reproduce test faults bench: export XDG_CACHE_HOME := $(HERE)/cache
+test faults: export JAX_PLATFORMS ?= cpu
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \

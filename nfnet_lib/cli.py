@@ -25,7 +25,8 @@ def _data_show(arguments: argparse.Namespace) -> int:
     source = open_set(arguments.name, "train", arguments.data_dir, 64 if fractals else None)
     shown = range(min(64, len(source)))
     captions = [", ".join(class_name(source, label) for label in labels) for labels in labels_of(source, len(shown))]
-    cv2.imwrite(str(arguments.out), tiles([source[i][0] for i in shown], captions)[..., ::-1])
+    if not cv2.imwrite(str(arguments.out), tiles([source[i][0] for i in shown], captions)[..., ::-1]):
+        raise OSError(f"out: {arguments.out} can't be written")
     size = "endless" if fractals else f"{len(source)} examples"
     print(f"{source.name}: {size}, {source.num_classes} classes; the first {len(shown)}: {arguments.out}")
     return 0

@@ -33,6 +33,7 @@ from PIL import Image
 from nfnet_lib.config import ConfigError
 from nfnet_lib.decode import decode_image
 from nfnet_lib.encoded import IMAGE_SUFFIXES, image_files
+from nfnet_lib.records import write_bytes
 from nfnet_lib.sources import SPLITS, Source, load_source
 
 MAX_RADIUS = 16
@@ -317,8 +318,9 @@ def compare(
         "dataset": dataset, "split": split, "against": [name for name, _ in sets], "radius": radius,
         "min_correlation": min_correlation, "num_examples": len(source), "ids": sorted(excluded),
     }  # fmt: skip
-    (out_dir / FILES[1]).write_text(json.dumps(content) + "\n")
-    cv2.imwrite(str(out_dir / FILES[2]), contact_sheet(borderline, source, heldout.sources)[..., ::-1])
+    write_bytes(out_dir / FILES[1], f"{json.dumps(content)}\n".encode(), overwrite=True)
+    picture = cv2.imencode(".png", contact_sheet(borderline, source, heldout.sources)[..., ::-1])[1]
+    write_bytes(out_dir / FILES[2], picture.tobytes(), overwrite=True)
     return (
         f"{len(excluded)} of {len(source)} training pictures are near-duplicates of {len(heldout.ids)} held-out ones"
         f" ({number} pairs within {radius} bits"

@@ -50,8 +50,12 @@ def finish_site(site: Path) -> None:
 
 
 def clean_notebook(notebook: dict[str, Any], roots: tuple[Path, ...] = (PROJECT,)) -> dict[str, Any]:
-    """`notebook` (its JSON) without machine paths: papermill's metadata dropped, `roots` and the interpreter's cut."""
-    notebook.get("metadata", {}).pop("papermill", None)
+    """`notebook` (its JSON) without machine paths: papermill's metadata dropped, `roots` and the interpreter's cut.
+
+    Nor with the state of widgets: it would stand in the page as a script, which a label with </script> in it ends.
+    """
+    for name in ("papermill", "widgets"):
+        notebook.get("metadata", {}).pop(name, None)
     for cell in notebook.get("cells", []):
         cell.get("metadata", {}).pop("papermill", None)
     text = json.dumps(notebook)

@@ -11,6 +11,14 @@ from synthetic import finetune_summaries, pretrain_summaries, write_runs
 from nfnet_lib.cell import NOTEBOOKS, execute
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leave out what only `make faults` runs, unless it does."""
+    if os.environ.get("FAULTS") != "long":
+        long = [item for item in items if item.get_closest_marker("long")]
+        items[:] = [item for item in items if item not in long]
+        config.hook.pytest_deselected(items=long)
+
+
 @pytest.fixture(scope="session")
 def planted_study(tmp_path_factory):
     """A finished study with a known law, its analysis executed; one of its cells failed, with markup in its error."""
