@@ -105,10 +105,10 @@ class RunConfig(BaseModel):
     on_bad: Literal["quarantine", "stop"] = Field("quarantine", description="of examples that can't be read")
     max_bad_fraction: float = Field(0.001, ge=0, le=1, description="stop when more of the examples than this are bad")
     evaluations: int = Field(
-        1, ge=1, description="evaluations in a run, the last at its end; between, on selection_examples if any"
+        1, ge=1, le=10**6, description="evaluations in a run, the last at its end; between, on selection_examples if any"
     )
-    checkpoints: int = Field(4, ge=1, description="checkpoints in a run, the last at its end")
-    log_points: int = Field(100, ge=1, description="lines in metrics.jsonl, at most one a step")
+    checkpoints: int = Field(4, ge=1, le=10**6, description="checkpoints in a run, the last at its end")
+    log_points: int = Field(100, ge=1, le=10**6, description="lines in metrics.jsonl, at most one a step")
 
     @classmethod
     def from_params(cls, params: Mapping[str, Any]) -> "RunConfig":

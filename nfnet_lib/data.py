@@ -52,6 +52,8 @@ def make_sampler(config: RunConfig, source: Source) -> ExactlyOnceSampler:
     if config.exclude:
         listed = load_exclusions(config.exclude, config.dataset, len(source), config.train_split)
         exclude = np.union1d(exclude, listed)
+    if len(exclude) >= len(source):
+        raise ConfigError(f"exclude: {config.exclude or config.selection_examples!r} leaves none of {len(source)} examples")
     return ExactlyOnceSampler(len(source), config.seed, exclude if len(exclude) else None)
 
 
@@ -75,8 +77,10 @@ def load_exclusions(path: str | Path, dataset: str, num_examples: int, split: st
     """
     try:
         content = json.loads(Path(path).read_text())
-        ids = np.array(content["ids"], np.int64).reshape(-1)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if wrong := [i for i in content["ids"] if type(i) is not int or not 0 <= i < 2**62]:
+            raise ValueError(f"{wrong[0]!r} is no id")
+        ids = np.array(content["ids"], np.int64)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"exclude: {path} is not a list of ids as `nfnet dedup` writes it: {error}") from None
     if content.get("dataset") != dataset:
         raise ConfigError(f"exclude: {path} is for {content.get('dataset')!r}, the run's dataset is {dataset!r}")

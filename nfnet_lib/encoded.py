@@ -22,6 +22,7 @@ from nfnet_lib.decode import decode_image
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 HELDOUT_SPLITS = ("validation", "val", "test", "heldout")  # the first that exists is held out
 HELDOUT_SHARE = 10  # of a folder without splits, about every tenth example is held out
+MAX_CLASSES = 10**6  # of webdataset shards, whose labels are numbers: a larger one is a mistake
 MAX_LABELS = 128  # of an example with several; the surest are kept
 # Features that hold labels, in this order, where an image set has several.
 LABEL_FEATURES = ("label", "real_label", "correct_multi_labels", "objects_trainable", "objects", "labels")
@@ -291,6 +292,8 @@ class WebDatasetSource(EncodedSource):
             raise ValueError(f"dataset: {name!r}: {shards[0].name} holds no pairs KEY.jpg and KEY.cls (or KEY.json)")
         train = members if split == "train" else [m for s in _shards(root, "train", "") for m in _tar_index(s)]
         num_classes = 1 + max(member[-1] for member in train or members)
+        if num_classes > MAX_CLASSES:
+            raise ValueError(f"dataset: {name!r} has a label {num_classes - 1}; allowed: below {MAX_CLASSES}")
         length = checked_length(name, split, num_examples, len(members))
         self._members = members[:length]
         mark = [(shard.name, *member) for shard, *member in self._members]
@@ -332,7 +335,7 @@ def _tar_index(shard: Path) -> list[tuple[int, int, int]]:
                     value = json.loads(text)
                     labels[key] = int(value["label"] if isinstance(value, dict) else value)
         size = shard.stat().st_size
-    except (OSError, tarfile.TarError, ValueError, KeyError, TypeError) as error:
+    except (OSError, tarfile.TarError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"dataset: shard {shard.name} can't be read: {error}") from None
     if size < end + 512:  # an archive ends with blocks of zeros
         raise ValueError(f"dataset: shard {shard.name} is cut short")

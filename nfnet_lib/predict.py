@@ -12,7 +12,8 @@ from jaxtyping import UInt8
 from nfnet_lib import models
 from nfnet_lib.augment import default_margin, eval_views
 from nfnet_lib.config import ConfigError, config_from_params
-from nfnet_lib.records import PARAMS
+from nfnet_lib.decode import FORMATS
+from nfnet_lib.records import SUMMARY, read_summary
 from nfnet_lib.step import normalise
 from nfnet_lib.weights import load_weights
 
@@ -60,8 +61,8 @@ def _loaded(weights: str | os.PathLike, resolution: int | None):
     model = models.create(variant)
     if resolution is None:
         resolution = variant.settings.get("image_size", model.variant.test_px)
-        if (Path(weights) / PARAMS).is_file():
-            resolution = json.loads((Path(weights) / PARAMS).read_text())["eval_resolution"]
+        if (Path(weights) / SUMMARY).is_file():
+            resolution = read_summary(weights)["config"]["eval_resolution"]
     multiple = model.variant.resolution_multiple
     if resolution < multiple or resolution % multiple:
         raise ConfigError(f"resolution: {resolution} is not a multiple of {multiple}, which {variant} needs")
@@ -88,7 +89,7 @@ def example_picture(
         from sklearn.datasets import load_sample_image
 
         return load_sample_image("flower.jpg"), "scikit-learn's flower.jpg"
-    config = config_from_params(json.loads((Path(weights) / PARAMS).read_text()))
+    config = config_from_params(read_summary(weights)["config"])
     pixels, label = load_sources(config)[1][0]
     return pixels, f"held-out example of {config.dataset}, class {label}"
 
@@ -100,7 +101,7 @@ def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "H W 3"]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"image: {path} does not exist")
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:  # Pillow has readers of more, some run programs
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except Exception as error:  # Pillow's readers raise many kinds
         raise ConfigError(f"image: {path} is not a readable picture: {error}") from None

@@ -7,6 +7,7 @@ import yaml
 
 from nfnet_lib.config import ConfigError
 
+MOST_BYTES = 2**24  # of a file
 MOST_VALUES = 100_000  # in one text, its aliases written out
 
 
@@ -62,6 +63,8 @@ def parse(text: str, what: str) -> Any:
 def read_mapping(path: Path, what: str) -> dict[str, Any]:
     """The mapping, its keys text, that a YAML or JSON file holds; ConfigError as of `parse`, also where it can't be read."""
     try:
+        if path.exists() and not (path.is_file() and path.stat().st_size <= MOST_BYTES):  # a device or pipe may never end
+            raise OSError(f"it is no file of at most {MOST_BYTES:,} bytes")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{what}: {path} can't be read: {error}") from None

@@ -365,10 +365,11 @@ def main(argv: list[str] | None = None) -> int:
     except LoaderError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        print(f"error: {str(error).splitlines()[0]} A smaller batch_size or resolution needs less.", file=sys.stderr)
+        what = (str(error).splitlines() or ["out of memory"])[0]
+        print(f"error: {what} A smaller batch_size or resolution needs less.", file=sys.stderr)
         return 1
     except NonFiniteLoss as error:
         if distributed.is_primary():

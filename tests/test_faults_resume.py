@@ -3,8 +3,13 @@
 The runs are real and take a second each: a ViT of a few thousand parameters on images of 8 pixels.
 """
 
+import io
 import json
+import os
 import shutil
+import subprocess
+import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -13,12 +18,12 @@ import numpy as np
 import pytest
 import synthetic
 
-from nfnet_lib import program, records, sources, train
+from nfnet_lib import PROJECT, program, records, sources, train
 from nfnet_lib.checkpoint import Checkpoints, not_finite
 from nfnet_lib.config import ConfigError, PretrainConfig
 from nfnet_lib.data import Quarantine
 from nfnet_lib.loader import LoaderError, train_batches
-from nfnet_lib.records import RecordError, read_summary, sealed
+from nfnet_lib.records import RecordError, read_summary, sealed, write_json
 from nfnet_lib.sampler import ExactlyOnceSampler
 from nfnet_lib.train import NonFiniteLoss, Stopped, run
 
@@ -468,6 +473,66 @@ def test_hostile_parameter_files_are_one_line(name, tmp_path, capfd):
     error = capfd.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and words in error, error
     assert not (tmp_path / "run").exists()
+
+
+def test_files_without_end_are_not_read(tmp_path, capfd):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "large.yaml").write_text("# " + "x" * 2**24)
+    for path in ("/dev/zero", tmp_path / "pipe", tmp_path / "large.yaml", tmp_path):
+        assert train.main([str(path), "--out", str(tmp_path / "run")]) == 2
+        assert "it is no file of at most 16,777,216 bytes" in capfd.readouterr().err
+
+
+LISTS = {  # a list of ids not to train on, what is said
+    "fractions": ('{"ids": [1.5]', "1.5 is no id"),
+    "truth values": ('{"ids": [true]', "True is no id"),
+    "negative": ('{"ids": [-1]', "-1 is no id"),
+    "huge": (f'{{"ids": [{10**30}]', "is no id"),
+    "text": ('{"ids": "123"', "'1' is no id"),
+    "nothing left": (f'{{"ids": {list(range(32))}', "leaves none of 32 examples"),
+    "nested without end": ('{"ids": ' + "[" * 100_000, "is not a list of ids"),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_hostile_lists_of_ids_are_one_line(name, tmp_path, capfd):
+    text, words = LISTS[name]
+    (tmp_path / "exclude.json").write_text(text + ', "dataset": "fractals", "split": "train"}')
+    write_json(tmp_path / "params.json", {**TINY, "exclude": str(tmp_path / "exclude.json")})
+    assert train.main([str(tmp_path / "params.json"), "--out", str(tmp_path / "run")]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: exclude: ") and words in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("label", ["999999999999", "1e999", "NaN", "[" * 100_000, '{"label": null}', "9" * 5000])
+def test_hostile_labels_in_shards_are_one_line(label, tmp_path, capfd):
+    picture = cv2.imencode(".png", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
+    for name in ("train", "val"):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as archive:
+            for member, content in (("a.png", picture), ("a.json", label.encode())):
+                info = tarfile.TarInfo(member)
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    write_json(tmp_path / "params.json", {**TINY, "dataset": f"webdataset:{tmp_path}"})
+    assert train.main([str(tmp_path / "params.json"), "--out", str(tmp_path / "run")]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: dataset: ") and error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_compiled_programs_that_are_damaged_are_compiled_again(made, tmp_path):
+    """Of a shared cache: cut, and with bits flipped."""
+    _, whole, _ = made
+    command = [sys.executable, "-m", "nfnet_lib.train", str(whole / "params.json"), "--cache-dir", str(tmp_path / "cache")]
+    options = {"cwd": PROJECT, "capture_output": True, "text": True, "check": False}
+    for name, damage in (("first", None), ("flipped", flip), ("cut", lambda path: path.write_bytes(path.read_bytes()[:99]))):
+        files = [path for path in (tmp_path / "cache").rglob("*-cache") if path.is_file()]
+        assert files or name == "first"
+        for path in files if damage else ():
+            damage(path)
+        done = subprocess.run([*command, "--out", str(tmp_path / name)], **options)
+        assert done.returncode == 0, done.stderr
+        assert results(tmp_path / name) == results(whole)
 
 
 def test_values_may_be_shared_and_merged_in_yaml(tmp_path):

@@ -14,6 +14,7 @@ from sklearn.datasets import load_sample_image
 from nfnet_lib import models
 from nfnet_lib.augment import default_margin, eval_views
 from nfnet_lib.cli import main
+from nfnet_lib.config import ConfigError
 from nfnet_lib.predict import predict, read_image, read_labels
 from nfnet_lib.pretrained import save_deepmind
 from nfnet_lib.step import normalise
@@ -71,6 +72,13 @@ def test_bad_input_is_one_line_and_exit_code_2(files, capsys, change, message):
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert re.search(message, error), error
+
+
+def test_a_program_that_calls_itself_a_picture_is_not_run(tmp_path):
+    """Pillow hands EPS to Ghostscript, which runs it."""
+    (tmp_path / "picture.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
+    with pytest.raises(ConfigError, match="cannot identify image file"):
+        read_image(tmp_path / "picture.jpg")
 
 
 def test_label_files_of_every_kind(tmp_path):
