@@ -1,6 +1,6 @@
 """Every fault that is made on purpose: what is done, what must happen, which tests hold it; run as a script, what happened.
 
-python tests/faults.py [--dry-run] [PART ...]: all of these tests, long forms included, and their outcome into docs/reliability.md.
+python tests/faults.py [--dry-run] [PART ...]: these tests, long forms included, and their outcome into docs/reliability.md.
 `make test` runs them as well, the long ones with fewer kills and runs or, where there is no shorter form, not at all.
 """
 
