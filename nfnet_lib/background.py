@@ -4,6 +4,7 @@ Under papermill, and wherever else no browser shows the notebook, it trains in t
 """
 
 import asyncio
+import html
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from nfnet_lib import PROJECT, tuning
 from nfnet_lib.cell import INTERACTIVE, STOP, CellFailed, CellStopped, cell_dir
 from nfnet_lib.config import ConfigError, RunConfig, config_from_params
 from nfnet_lib.locks import exclusive, holder
-from nfnet_lib.records import METRICS, existing_folder, read_metrics, run_folders, write_json
+from nfnet_lib.records import METRICS, read_metrics, run_folders, write_json
 from nfnet_lib.status import counts, shown, status_table
 
 _FOLDER = ".background"  # in a cell's folder: what was asked for, the log, and the lock of the process at work
@@ -96,14 +97,18 @@ def _follow(folder: Path, study_dir: Path, trials: set[str], seconds: float | in
 def panel(study_dir: str | os.PathLike, seconds: float | int = 0):
     """A widget with the state of a study's runs and the curves of those that run, renewed every `seconds`; 0: as it is now.
 
-    FileNotFoundError where there is no such folder.
+    A folder that is not there yet is said to be awaited.
     """
     import ipywidgets as widgets
 
-    folder = existing_folder(PROJECT / study_dir)
+    folder = PROJECT / study_dir
     table, picture = widgets.HTML(), widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
 
     def renew() -> None:
+        if not folder.is_dir():
+            name, now = html.escape(str(study_dir)), time.strftime("%H:%M:%S")
+            table.value = f"<p>{name} is not there yet: a study makes it ({now})</p>"
+            return
         state = status_table(folder)
         table.value = f"<p>{counts(state)}, {time.strftime('%H:%M:%S')}</p>" + shown(state).to_html(index=False)
         running = state.loc[state["state"] == "running", "path"].tolist() or _newest(folder, 4)

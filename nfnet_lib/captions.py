@@ -34,7 +34,7 @@ def figure2(result: FrontierResult) -> str:
         f"Held-out loss against compute: {len(cells)} cells of {len(set(cells['variant']))} variants, each at its best learning"
         f" rate, and the {len(points)} that no cheaper one beats (grey band). Dashed: power law through these over"
         f" {result.decades:.2f} decades of {_UNITS.get(result.compute, result.compute)}, exponent {law.exponent:.3f}{between},"
-        f" R^2 {law.r_squared:.3f} on log-log axes."
+        + (f" R^2 {law.r_squared:.3f} on log-log axes." if len(points) > 2 else " exact: a line through two points.")
     )
 
 

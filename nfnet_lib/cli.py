@@ -206,7 +206,7 @@ def _parser() -> argparse.ArgumentParser:
                      help="released Haiku file, timm file, big_vision .npz, or the folder of a finished run")  # fmt: skip
     sub.add_argument("--labels", type=Path, help="class names: one a line, or JSON")
     sub.add_argument("--resolution", type=int, help="in pixels; default: that at which the variant is tested")
-    sub.add_argument("--top", type=int, default=5, help="classes to print (default: 5)")
+    sub.add_argument("--top", type=int, help="classes to print (default: 5, or all of fewer)")
     sub = command("finetune", _finetune, "Fine-tune weights from a file on a data set, by the published recipe.",
                   "nfnet finetune --weights F0_haiku.npz --data folder:pets --epochs 5 -p resolution=128")  # fmt: skip
     sub.add_argument("--weights", type=Path, required=True, help="released Haiku file, timm file, or big_vision .npz")

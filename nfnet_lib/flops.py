@@ -124,22 +124,22 @@ def run_flops(config: "RunConfig") -> float:
     return train_flops(run_macs(config), config.steps * config.batch_size, config.rho, config.ascent_fraction)
 
 
-def describe(config):
+def describe(config, num_classes: int | None = None):
     """What a run will do, as a one-column table: size, steps, FLOPs. `config` is a config.RunConfig.
 
-    The number of classes is the config's: for a source that states its own, the head differs slightly.
+    num_classes: of its data set, by default the config's, which only fractals heed.
     """
     import pandas as pd
 
     from nfnet_lib.paper import tpu_v4_core_hours
 
-    variant = config.architecture
-    macs = forward_macs(variant, config.resolution, config.num_classes, config.bottleneck_rule)
+    variant, classes = config.architecture, num_classes or config.num_classes
+    macs = forward_macs(variant, config.resolution, classes, config.bottleneck_rule)
     views = config.steps * config.batch_size
     total = train_flops(macs, views, config.rho, config.ascent_fraction)
     rows = {
         "run": config.run_id,
-        "parameters": f"{num_params(variant, config.num_classes, config.bottleneck_rule, config.resolution):,}",
+        "parameters": f"{num_params(variant, classes, config.bottleneck_rule, config.resolution):,}",
         f"MACs of one image, {config.resolution} px": f"{macs:,}",
         "steps": f"{config.steps:,} ({config.warmup_steps:,} of warm-up)",
         "views seen": f"{views:,} of {config.steps * config.unique_per_step:,} draws",

@@ -20,9 +20,11 @@ from nfnet_lib.weights import load_weights
 
 def predict(
     image: str | os.PathLike | UInt8[np.ndarray, "H W 3"], weights: str | os.PathLike,
-    labels: str | os.PathLike | None = None, *, resolution: int | None = None, top: int = 5,
+    labels: str | os.PathLike | None = None, *, resolution: int | None = None, top: int | None = None,
 ):  # fmt: skip
-    """The `top` likeliest classes of a picture (a file, or its pixels): a DataFrame of class, label, probability.
+    """The likeliest classes of a picture (a file, or its pixels): a DataFrame of class, label, probability.
+
+    top: how many, by default 5, or all of fewer.
 
     weights: see `weights.load_weights`. labels: a file of class names (see `read_labels`). resolution: in pixels, by
     default that at which the variant is tested (of a run of ours, its eval_resolution; of a ViT file, its own). The view is
@@ -34,6 +36,7 @@ def predict(
     pixels = image if isinstance(image, np.ndarray) else read_image(image)
     model, params, prepared = _loaded(weights, resolution)
     names = read_labels(labels, model.num_classes) if labels else [""] * model.num_classes
+    top = min(5, model.num_classes) if top is None else top
     if not 1 <= top <= model.num_classes:
         raise ConfigError(f"top: {top} is out of range; allowed: 1 to {model.num_classes}, the classes of the weights")
     probabilities = np.asarray(jax.nn.softmax(jax.jit(model.apply)(params, prepared([pixels]))[0]))

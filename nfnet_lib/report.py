@@ -53,12 +53,16 @@ def answer(records: "pd.DataFrame") -> list[str]:
     """Three sentences: does loss follow a law, should size and epochs grow together, what did fine-tuning give."""
     from nfnet_lib.scaling import finetune_table, frontier_analysis
 
-    result = frontier_analysis(records)
+    try:
+        result = frontier_analysis(records)
+    except ValueError as error:
+        return [f"There is no answer yet: {error}."]
     law, interval = result.law, result.interval
     between = f" (90% interval {interval.low:.3f} to {interval.high:.3f})" if interval else ""
     sentences = [
         f"At {_scale(records)}, over {result.decades:.1f} decades of compute, the lowest held-out loss falls as compute to the"
-        f" power -{law.exponent:.3f}{between}; the straight line on log-log axes explains {law.r_squared:.1%} of it."
+        f" power -{law.exponent:.3f}{between}; the straight line on log-log axes "
+        + (f"explains {law.r_squared:.1%} of it." if len(result.points) > 2 else "is drawn through two points, no more.")
     ]
     points = result.points
     first, last = points.iloc[0], points.iloc[-1]
@@ -139,14 +143,20 @@ def comparison(records: "pd.DataFrame") -> "pd.DataFrame":
 
     from nfnet_lib.scaling import best_per_cell, finetune_table, frontier_analysis
 
-    result, tuned = frontier_analysis(records), finetune_table(records)
-    cells = best_per_cell(records)
+    cells, tuned = best_per_cell(records), finetune_table(records)
+    try:
+        result = frontier_analysis(records)
+        law = f"exponent {result.law.exponent:.3f}, over {result.decades:.1f} decades, " + (
+            f"R^2 {result.law.r_squared:.3f}" if len(result.points) > 2 else "through two points"
+        )
+    except ValueError as error:
+        law = f"not fitted: {error}"
     most = paper.points()["value"].max()
     rows = [
         ("largest pre-training compute, TPU-v4 core-hours", f"{110e3:,.0f} (abstract)",
          f"{records.loc[records['kind'] == 'pretrain', 'tpu_v4_core_hours'].max():.2g} by formula"),
         ("held-out loss against compute", "a straight line on log-log axes (Figure 2)",
-         f"exponent {result.law.exponent:.3f}, R^2 {result.law.r_squared:.3f} over {result.decades:.1f} decades"),
+         law),
         ("best learning rates", "0.4 to 1.6 (Figure 3)", f"{cells['best_lr'].min():g} to {cells['best_lr'].max():g}"),
         ("best fine-tuned top-1 error", "9.6%, ImageNet, F7+ with RA (text)",
          f"{tuned['top1_error_percent'].min():.2f}%, {_datasets(records)}" if len(tuned) else "none run"),
@@ -248,8 +258,8 @@ def front_page(study_dir: Path) -> str:
     try:
         lines += [f"- {as_text(text)}" for text in answer(records)]
         table = _markdown(comparison(records))
-    except ValueError as error:  # too few runs for a fit: the pages say what there is
-        lines += [f"There is no answer yet: {error}"]
+    except ValueError as error:  # no pre-training run that is done: the pages say what there is
+        lines += [f"There is no answer yet: {error}."]
         table = ""
     for name, (title, claim) in FIGURES.items():
         picture = study_dir / "figures" / f"{name}.png"

@@ -164,11 +164,14 @@ html_theme_options = {"use_download_button": False, "use_fullscreen_button": Fal
 suppress_warnings = ["mystnb.unknown_mime_type", "misc.highlighting_failure"]
 nb_ipywidgets_js = {}
 nb_merge_streams = True
+smartquotes = False  # names of runs and folders are shown as they are
 mathjax_path = "none.js"  # nothing is typeset, so nothing is fetched
 """
 _CSS = """
 table { display: block; overflow-x: auto; font-size: 0.85rem; }
 img { max-width: 100%; }
+h1, h2, .prev-next-title, .bd-sidebar-primary a, #every-run a { overflow-wrap: anywhere; }
+.prev-next-area .prev-next-info { min-width: 0; }
 pre { white-space: pre-wrap; }
 #every-run th { cursor: pointer; white-space: nowrap; }
 #every-run th[aria-sort=ascending]::after { content: " \\2191"; }
@@ -178,7 +181,8 @@ pre { white-space: pre-wrap; }
   .bd-sidebar-primary, .bd-sidebar-secondary, .bd-header-article, .prev-next-footer, #every-run input {
     display: none !important;
   }
-  table { display: table; font-size: 0.6rem; }
+  table { display: table; font-size: 0.5rem; overflow-wrap: anywhere; }
+  .cell_output, .output, .tableholder { overflow: visible !important; }
   img, tr { break-inside: avoid; }
 }
 """

@@ -80,14 +80,15 @@ def _frontier_slopes(compute, loss, size, epochs) -> tuple[float, float] | None:
 def repeats_from(
     cells: "pd.DataFrame", compute: str = "train_flops", loss: str = "heldout_loss"
 ) -> tuple[float, float] | None:
-    """Between which two computes the frontier passes to more than one epoch for good; None where it does not.
+    """Between which two computes the frontier passes to more than one epoch for good; None where it does not, or where no cell
+    has an epoch or less.
 
     The first number is that of the last frontier cell of at most one epoch (0 if there is none), the second that of the first
     cell after it.
     """
     points = cells[frontier(cells[compute].to_numpy(float), cells[loss].to_numpy(float))].sort_values(compute)
     once = (points["epoch_budget"] <= 1).to_numpy()
-    if once[-1]:
+    if once[-1] or not (cells["epoch_budget"] <= 1).any():
         return None
     at = points[compute].to_numpy(float)
     last = np.flatnonzero(once)

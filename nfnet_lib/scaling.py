@@ -219,9 +219,8 @@ class FrontierResult:
         if self.floored:
             result.append("With a floor: " + self.floored.sentence())
         for row in self.ranges.itertuples():
-            end = {"crossing": "then another variant's curve falls below", "end of runs": "where its runs end"}[
-                row.ends_by
-            ]
+            end = {"crossing": "then another variant's curve falls below", "end of runs": "where its runs end",
+                   "cheaper runs": "then it is no better than cheaper runs"}[row.ends_by]  # fmt: skip
             result.append(f"{row.variant} is best from {row.compute_from:.3g} to {row.compute_to:.3g}, {end}.")
         edge = cells[~cells["lr_is_interior"]] if "lr_is_interior" in cells else cells[:0]
         if len(edge):
@@ -256,8 +255,8 @@ def frontier_analysis(
     cells = cells[np.isfinite(cells[loss])].sort_values([compute, loss], kind="stable", ignore_index=True)
     on_frontier = frontier(cells[compute].to_numpy(dtype=float), cells[loss].to_numpy(dtype=float))
     if skip < 0 or on_frontier.sum() - skip < 2:
-        raise ValueError(f"the fit needs at least 2 frontier points, got {on_frontier.sum()} of {len(cells)} cells "
-                         f"less skip={skip}")  # fmt: skip
+        raise ValueError(f"{on_frontier.sum()} of {len(cells)} cells is compute-optimal; a law needs 2"
+                         + (f" and skip={skip} more" if skip else ""))  # fmt: skip
     cells = cells.assign(on_frontier=on_frontier, in_fit=on_frontier & (np.cumsum(on_frontier) > skip))
     fitted = cells[cells["in_fit"]]
     xy = fitted[compute].to_numpy(dtype=float), fitted[loss].to_numpy(dtype=float)
@@ -279,11 +278,12 @@ def frontier_analysis(
 def best_variant_ranges(
     cells: "pd.DataFrame", compute: str = "train_flops", loss: str = "heldout_loss", grid: int = 4000
 ) -> "pd.DataFrame":
-    """Compute ranges in which one variant's curve lies lowest, cheapest first.
+    """Compute ranges in which one variant's curve lies lowest, and lower than any curve at less compute, cheapest first.
 
     Each variant's curve joins its cells by straight lines on log-log axes and is not extrapolated. Columns: variant,
-    compute_from, compute_to, ends_by: "crossing" (another curve passes below, located to 1/`grid` of the whole range)
-    or "end of runs" (no statement about scale: this variant was not trained longer).
+    compute_from, compute_to, ends_by: "crossing" (another curve passes below, located to 1/`grid` of the whole range),
+    "cheaper runs" (the curve rises above a loss that was had for less) or "end of runs" (no statement about scale: this
+    variant was not trained longer).
     """
     import pandas as pd
 
@@ -295,15 +295,16 @@ def best_variant_ranges(
         part = cells[cells["variant"] == name].sort_values([compute, loss]).drop_duplicates(compute)
         log_c, log_l = np.log(part[compute].to_numpy(dtype=float)), np.log(part[loss].to_numpy(dtype=float))
         curves[row] = np.interp(where, log_c, log_l, left=np.inf, right=np.inf)
-    best = np.where(np.isfinite(curves).any(axis=0), curves.argmin(axis=0), -1)
+    lowest = curves.min(axis=0)
+    best = np.where(np.isfinite(lowest) & (lowest <= np.minimum.accumulate(lowest)), curves.argmin(axis=0), -1)
     starts = np.flatnonzero(np.concatenate([[True], best[1:] != best[:-1]]))
     rows = []
     for start, stop in zip(starts, [*starts[1:], len(where)], strict=True):
         if best[start] >= 0:
-            crossing = stop < len(where) and np.isfinite(curves[best[start], stop])
+            goes_on = stop < len(where) and np.isfinite(curves[best[start], stop])
+            ends_by = "end of runs" if not goes_on else "crossing" if best[stop] >= 0 else "cheaper runs"
             rows.append({"variant": names[best[start]], "compute_from": np.exp(where[start]),
-                         "compute_to": np.exp(where[stop - 1]),
-                         "ends_by": "crossing" if crossing else "end of runs"})  # fmt: skip
+                         "compute_to": np.exp(where[stop - 1]), "ends_by": ends_by})  # fmt: skip
     return pd.DataFrame(rows)
 
 

@@ -148,7 +148,7 @@ def run_study(
 
     from nfnet_lib.data import load_sources
 
-    _refuse_other_study(study, study_dir)
+    refuse_other_study(study, study_dir)
     cells = pretrain_cells(study)
     if unknown := set(only) - {cell.name for cell in cells}:
         raise ConfigError(f"only: no cell {sorted(unknown)[0]!r}; known: {', '.join(cell.name for cell in cells)}")
@@ -210,9 +210,26 @@ def _graph(study: StudyConfig, study_dir: Path) -> list[Step]:
 
     steps.append(Step("results.csv", runs, table, lambda *_: ""))
     return steps + [
-        Step(name, ("results.csv",), functools.partial(_notebook, study, study_dir, name, {}, "cpu"), _executed(name))
+        Step(
+            name,
+            ("results.csv",),
+            functools.partial(_notebook, study, study_dir, name, _shown(study, study_dir, name), "cpu"),
+            _executed(name),
+        )
         for name in study.notebooks
     ]
+
+
+def _shown(study: StudyConfig, study_dir: Path, name: str) -> dict[str, Any]:
+    """What an analysis notebook is told: the study's folder or, of 00_data, the data that it trains on."""
+    if name != "00_data":
+        return {"study_dir": project_relative(study_dir)}
+    first = pretrain_cells(study)[0]
+    config = study.pretrain_config(*first[:2], study.learning_rates(first.variant)[0][0], first.seed)
+    names = ("dataset", "data_dir", "num_classes", "image_size", "hue_spread", "resolution", "min_area")
+    return {key: getattr(config, key) for key in names} | {
+        "examples": min(600, config.examples_per_epoch), "heldout_examples": min(200, config.heldout_examples),
+    }  # fmt: skip
 
 
 def _search_step(study: StudyConfig, study_dir: Path, cell: PretrainCell, needs: tuple[str, ...]) -> Step:
@@ -260,7 +277,8 @@ def _comparison_step(study: StudyConfig, study_dir: Path, needs: str, origins: l
         config = _winner(study, study_dir, origins, study.variants[0], 1)
         if isinstance(config, str):
             return config
-        parameters = config.model_dump(mode="json", exclude={"kind"}) | {"comparison_seeds": study.comparison_seeds}
+        parameters = config.model_dump(mode="json", exclude={"kind"}) | _shown(study, study_dir, "03_finetune")
+        parameters["comparison_seeds"] = study.comparison_seeds
         return _notebook(study, study_dir, "03_finetune", parameters, study.platform)
 
     return Step("03_finetune", (needs,), make, _executed("03_finetune"))
@@ -294,7 +312,6 @@ def _cell(study: StudyConfig, study_dir: Path, config: RunConfig, lr_grid: Seque
 
 def _notebook(study: StudyConfig, study_dir: Path, name: str, parameters: dict[str, Any], platform: str) -> Work:
     """The execution of an analysis notebook."""
-    parameters = parameters | {"study_dir": project_relative(study_dir)}
     arguments = (NOTEBOOKS / f"{name}.ipynb", study_dir / "analysis" / f"{name}.ipynb", parameters)
     return Work(execute, arguments, {"timeout": 60 * study.timeout_minutes, "platform": platform})
 
@@ -348,7 +365,8 @@ def _run_graph(
     return failures
 
 
-def _refuse_other_study(study: StudyConfig, study_dir: Path) -> None:
+def refuse_other_study(study: StudyConfig, study_dir: Path) -> None:
+    """ConfigError, with the key and both values, where study_dir holds a study that differs in what records depend on."""
     path = study_dir / "study.json"
     if not path.exists():
         return
@@ -359,11 +377,21 @@ def _refuse_other_study(study: StudyConfig, study_dir: Path) -> None:
         raise ConfigError(f"study: {project_relative(path)} is damaged ({error}); remove it to go on: runs say whose they are")\
             from None
     for key in now:
-        if key not in _FREE_TO_CHANGE and before.get(key) != now[key]:
+        if key not in _FREE_TO_CHANGE and (differs := _difference(key, before.get(key), now[key])):
+            key, old, new = differs
             raise ConfigError(
-                f"{key}: {now[key]!r}, but {project_relative(study_dir)} holds a study with {before.get(key)!r}; "
+                f"{key}: {new!r}, but {project_relative(study_dir)} holds a study with {old!r}; "
                 "give the study another name or another --out"
             )
+
+
+def _difference(key: str, before: Any, now: Any) -> tuple[str, Any, Any] | None:
+    """(key, old value, new value) of the first thing that differs, a dot leading into mappings; None where nothing does."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = [*now, *sorted(before.keys() - now.keys())]
+        found = (_difference(f"{key}.{name}", before.get(name), now.get(name)) for name in names)
+        return next(filter(None, found), None)
+    return None if before == now else (key, before, now)
 
 
 @contextlib.contextmanager

@@ -46,8 +46,10 @@ def _dry_run(study: StudyConfig, study_dir: Path) -> int:
     from nfnet_lib.engine import room_for
     from nfnet_lib.records import collect
     from nfnet_lib.report import PUBLISHED
+    from nfnet_lib.study import refuse_other_study
     from nfnet_lib.study_plan import plan_sentence, plan_table
 
+    refuse_other_study(study, study_dir)
     timed = [collect(study_dir)] if study_dir.is_dir() else []
     if (PUBLISHED / "results.csv").exists():
         timed.append(pd.read_csv(PUBLISHED / "results.csv"))

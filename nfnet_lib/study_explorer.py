@@ -236,7 +236,7 @@ def rate_figure(cells: "pd.DataFrame") -> Figure:
 
 @figure_function
 def tuned_figure(table: "pd.DataFrame") -> Figure:
-    """Fine-tuned top-1 error against pre-training compute; hollow: with repeated augmentation."""
+    """Fine-tuned top-1 error against pre-training compute; filled: with repeated augmentation, as in Figure 1."""
     figure, axes = _figure()
     log_axis(axes.xaxis, table["pretrain_compute"], room=(0.06, 0.14))
     log_axis(axes.yaxis, table["top1_error_percent"], room=(0.08, 0.08))
@@ -244,7 +244,7 @@ def tuned_figure(table: "pd.DataFrame") -> Figure:
         style = variant_style(name)
         part = table[table["variant"] == name].sort_values("pretrain_compute")
         for repeated, own in part.groupby("repeated_augmentation"):
-            face = "none" if repeated else style["color"]
+            face = style["color"] if repeated else "white"
             look = {"marker": style["marker"], "markersize": 9, "color": style["color"], "markerfacecolor": face}
             axes.plot(own["pretrain_compute"], own["top1_error_percent"], linestyle="none", **look)
         last = part.iloc[-1]

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 import synthetic
 
-from nfnet_lib import captions, plots, scaling, study_laws
+from nfnet_lib import captions, plots, report, scaling, study_laws
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +53,18 @@ def test_a_caption_is_saved_beside_its_figure_and_in_it(tmp_path, runs):
     assert (tmp_path / "figure2.txt").read_text() == text + "\n"
     assert text.split(":")[0] in (tmp_path / "figure2.svg").read_text()
     assert len(pd.read_csv(tmp_path / "figure2.csv")) == len(result.cells)
+
+
+def test_a_study_of_one_cell_says_that_no_law_is_fitted(runs):
+    one = runs[(runs["kind"] == "pretrain") & (runs["variant"] == "F0-mini")]
+    one = one[one["epoch_budget"] == one["epoch_budget"].min()]
+    assert report.answer(one) == ["There is no answer yet: 1 of 1 cells is compute-optimal; a law needs 2."]
+    assert "not fitted" in report.comparison(one)["ours (laptop scale)"]["held-out loss against compute"]
+
+
+def test_two_points_are_no_evidence_of_a_line(runs):
+    pretrain = runs[(runs["kind"] == "pretrain") & (runs["variant"] == runs["variant"].iloc[0])]
+    two = pretrain[pretrain["epoch_budget"].isin(sorted(set(pretrain["epoch_budget"]))[:2])]
+    caption = captions.figure2(scaling.frontier_analysis(two))
+    said = " ".join([*report.answer(two), *report.comparison(two).iloc[:, -1], caption])
+    assert said.count("two points") == 3 and "R^2" not in said and "explains" not in said

@@ -115,3 +115,8 @@ def test_a_run_folder_is_weights_too(tmp_path):
     assert pixels.shape == (24, 24, 3) and "fractals" in origin
     table = predict(pixels, folder)
     assert len(table) == 5 and table["probability"].sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_fewer_than_five_classes_are_all_listed(tmp_path):
+    save_deepmind(rule_params(models.create("F0-mini", 3)), "F0-mini", tmp_path / "weights.npz")
+    assert len(predict(np.zeros((40, 40, 3), np.uint8), tmp_path / "weights.npz", resolution=32)) == 3

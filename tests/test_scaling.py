@@ -258,7 +258,19 @@ def test_a_crossing_is_where_the_two_curves_meet():
 def test_a_variant_whose_runs_end_is_not_called_beaten():
     cells = pd.DataFrame({"variant": ["F0", "F0", "F1", "F1"], "epoch_budget": [1.0, 2.0] * 2,
                           "train_flops": [1e12, 1e13, 2e13, 1e14], "heldout_loss": [3.0, 2.0, 2.5, 1.9]})  # fmt: skip
-    assert scaling.best_variant_ranges(cells)["ends_by"].tolist() == ["end of runs", "end of runs"]
+    ranges = scaling.best_variant_ranges(cells)
+    assert ranges["ends_by"].tolist() == ["end of runs", "end of runs"]
+    # F1's curve begins above what F0 had for less: it is best only from where it falls below that, on log axes.
+    falls = 2e13 * 5 ** (np.log(2.0 / 2.5) / np.log(1.9 / 2.5))
+    assert ranges["compute_from"].iloc[1] == pytest.approx(falls, rel=0.005)
+
+
+def test_a_variant_that_no_frontier_holds_is_best_nowhere():
+    cells = pd.DataFrame({"variant": ["F0", "F0", "F1", "F1"], "epoch_budget": [1.0, 2.0] * 2,
+                          "train_flops": [1e12, 1e13, 2e13, 1e14], "heldout_loss": [3.0, 2.0, 2.5, 2.1]})  # fmt: skip
+    assert scaling.best_variant_ranges(cells)["variant"].tolist() == ["F0"]
+    rising = cells.assign(heldout_loss=[3.0, 3.5, 2.5, 2.1])
+    assert scaling.best_variant_ranges(rising)["ends_by"].tolist() == ["cheaper runs", "end of runs"]
 
 
 def test_sentences_hold_the_numbers(result):
@@ -289,7 +301,7 @@ def test_two_cells_are_enough_and_one_is_named(runs):
     result = scaling.frontier_analysis(two, resamples=100)
     assert result.floored is None
     assert "two points" in result.law.sentence()
-    with pytest.raises(ValueError, match="at least 2 frontier points, got 1 of 1 cells"):
+    with pytest.raises(ValueError, match="1 of 1 cells is compute-optimal; a law needs 2"):
         scaling.frontier_analysis(two[two["epoch_budget"] == 0.25])
 
 

@@ -103,7 +103,7 @@ def test_a_dry_run_plans_counts_and_writes_nothing(path, tmp_path, capsys):
         ("name.x=1", "name.x: name is 'planned', not a mapping"),
         ("epoch_budgets=", "epoch_budgets: None is out of range"),
         ("tpu_slice=big", "tpu_slice: 'big' is out of range"),
-        ("lr_grid=[0.1", "the value is not YAML"),
+        ("lr_grid=[0.1", "the value of lr_grid is not YAML"),
         ("nonsense", "'nonsense' is not NAME=VALUE"),
     ],
 )
@@ -178,4 +178,19 @@ def test_a_changed_file_is_refused_but_where_it_runs_may_change(path, tmp_path):
     write_json(folder / "study.json", StudyConfig.from_file(path).model_dump(mode="json"))
     with pytest.raises(ConfigError, match=r"lr_grid: \[0\.1, 0\.2\], but .* holds a study with \[0\.0125"):
         study.run_study(StudyConfig.from_file(path, {"lr_grid": [0.1, 0.2]}), folder)
-    study._refuse_other_study(StudyConfig.from_file(path, {"workers": 1, "retries": 0, "platform": "cuda"}), folder)
+    study.refuse_other_study(StudyConfig.from_file(path, {"workers": 1, "retries": 0, "platform": "cuda"}), folder)
+    with pytest.raises(ConfigError, match=r"^pretrain\.num_classes: 8, but .* holds a study with 4;"):
+        study.refuse_other_study(StudyConfig.from_file(path, {"pretrain.num_classes": 8}), folder)
+    with pytest.raises(ConfigError, match=r"^pretrain\.flip: False, but .* holds a study with None;"):
+        study.refuse_other_study(StudyConfig.from_file(path, {"pretrain.flip": False}), folder)
+    assert main(["study", str(path), "--out", str(folder), "--dry-run", "-p", "pretrain.num_classes=8"]) == 2
+
+
+def test_analysis_notebooks_are_told_what_they_have_parameters_for(path, tmp_path):
+    import papermill
+
+    named = StudyConfig.from_file(path, {"notebooks": ["index", "00_data"]})
+    for name in named.notebooks:
+        told = study._shown(named, tmp_path, name)
+        assert set(told) <= set(papermill.inspect_notebook(str(study.NOTEBOOKS / f"{name}.ipynb")))
+    assert (told["num_classes"], told["examples"], told["heldout_examples"]) == (4, 64, 16), "the study's, no more"
