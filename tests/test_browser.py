@@ -125,8 +125,9 @@ def test_the_explorer_as_a_page(browser, serve):
         "--Voila.token=secret",
     ], "/voila/files/none")  # fmt: skip
     page = browser.new_page(viewport={"width": 1000, "height": 900})
-    with pytest.raises(urllib.error.HTTPError, match="403"):
-        urllib.request.urlopen(f"{address}/voila/render/none", timeout=20)
+    for path in ("", "/api/kernels"):
+        with urllib.request.urlopen(f"{address}{path}", timeout=20) as answer:
+            assert "/login?" in answer.url, "without the token there is nothing but the way in"
     page.goto(f"{address}/?token=secret", wait_until="domcontentloaded", timeout=90_000)
     drag_and_look(page, "explorer_voila")
     page.close()
