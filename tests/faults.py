@@ -40,15 +40,12 @@ FAULTS = {
         Fault(
             "SIGTERM or a STOP file in the middle of a step",
             "the step ends, a checkpoint is saved, exit code 75; resumed, the run ends with the same digits",
-            (
-                "test_train.py::test_stopped_and_resumed_ends_with_the_same_numbers",
-                "test_distributed.py::test_a_termination_signal_saves_and_the_run_ends_bit_equal",
-            ),
+            ("test_distributed.py::test_a_termination_signal_saves_and_the_run_ends_bit_equal",),
         ),
         Fault(
             "SIGKILL in the middle of a step",
             "resumed from the last checkpoint, the same digits",
-            ("test_train.py::test_killed_at_any_moment_it_resumes",),
+            made("a_run_killed_between_two_checkpoints_resumes"),
         ),
         Fault(
             "SIGTERM, ctrl-C or SIGKILL while the last checkpoint is being saved",
@@ -69,11 +66,8 @@ FAULTS = {
         Fault(
             "a study is killed at random moments: compile, step, evaluation, checkpoint, record, notebook, report",
             "it goes on, and ends with the records of an undisturbed one",
-            (
-                *made("a_study_killed_fifty_times_ends_with_the_records_of_an_undisturbed_one"),
-                "test_study.py::test_a_study_killed_at_random_ends_with_the_same_records",
-            ),
-            "50 kills instead of 2",
+            (*made("a_study_killed_fifty_times_ends_with_the_records_of_an_undisturbed_one"),),
+            "all of it; `test_study.py` kills twice",
         ),
         Fault(
             "ctrl-C in a notebook",
@@ -212,8 +206,7 @@ FAULTS = {
             "resumed with other parameters, or a study's file has changed",
             "refused, naming the parameter and both values",
             (
-                "test_train.py::test_refusals_write_nothing",
-                "test_study.py::test_a_study_runs_skips_and_refuses_another",
+                *resume("a_folder_with_params_json_names_the_parameter_and_both_values"),
                 *made("a_study_file_that_changes_while_it_runs_changes_nothing"),
             ),
         ),
@@ -241,9 +234,9 @@ FAULTS = {
             ),
         ),
         Fault(
-            "another mesh, other shardings",
-            "the losses of one device, to 1e-5",
-            ("test_distributed.py::test_losses_are_those_of_one_device",),
+            "resumed on another mesh, of four devices instead of one",
+            "the losses of one device, to 1e-5; said in the summary",
+            resume("another_mesh_between_two_legs_gives_the_same_losses_and_is_recorded"),
         ),
         Fault(
             "lines of metrics.jsonl are lost, doubled, changed",
@@ -291,7 +284,6 @@ FAULTS = {
             (
                 *resume("what_is_no_number_stops_the_run_before_it_is_saved", "not_finite_names_the_leaf"),
                 *made("a_number_that_is_none_stops_the_run_and_keeps_its_checkpoints"),
-                "test_train.py::test_rates_that_diverge_lose_the_search_and_are_not_tried_again",
             ),
         ),
         Fault(

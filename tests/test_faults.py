@@ -245,7 +245,18 @@ checkpoint.leaf_digests = late
 """
 
 
-@pytest.mark.parametrize("second,codes", [(signal.SIGTERM, {75}), (signal.SIGINT, {1, 130, -2}), (signal.SIGKILL, {-9})])
+def test_a_run_killed_between_two_checkpoints_resumes(run_of, tmp_path):
+    params, undisturbed = run_of
+    process = interrupted(params, tmp_path / "run", before=SLOW_SAVE)
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert train(params, tmp_path / "run").returncode == 0 and same_end(undisturbed, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "second,codes", [(signal.SIGTERM, {75}), (signal.SIGINT, {1, 75, 130, -2}), (signal.SIGKILL, {-9, 75})]
+)
 def test_a_second_signal_while_the_last_checkpoint_is_saved(second, codes, run_of, tmp_path):
     params, undisturbed = run_of
     process = interrupted(params, tmp_path / "run", before=SLOW_SAVE)
@@ -673,7 +684,7 @@ def test_a_study_killed_fifty_times_ends_with_the_records_of_an_undisturbed_one(
     expected = kill_study.records(tmp_path / "undisturbed")
     for seed in range(5):  # ten kills see one from its first compilation to its report
         out = tmp_path / f"killed{seed}"
-        kill_study.kill_at_random(tmp_path / "study.yaml", out, kills=10, longest=9, seed=seed)
+        kill_study.kill_at_random(tmp_path / "study.yaml", out, kills=10, longest=7, seed=seed)
         kill_study.finish(tmp_path / "study.yaml", out)
         assert len(expected) == 8 and not kill_study.differences(expected, kill_study.records(out))
         assert (out / "report" / "index.html").exists()
