@@ -523,7 +523,7 @@ def test_a_study_file_that_changes_while_it_runs_changes_nothing(contested, caps
     out, _ = contested
     assert "peak_lr" not in json.loads((out / "study.json").read_text())["pretrain"]
     assert main(["study", str(out.parent / "study.yaml"), "--out", str(out)]) == 2
-    assert capsys.readouterr().err.startswith("error: pretrain: ")
+    assert capsys.readouterr().err.startswith("error: pretrain.peak_lr: ")
 
 
 def test_markup_in_names_of_classes_and_folders_is_text_in_the_report(contested):
