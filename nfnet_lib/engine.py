@@ -10,6 +10,8 @@ import fcntl
 import functools
 import os
 import secrets
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -93,6 +95,27 @@ class LocalEngine:
             self._pool.shutdown()
 
 
+# Of a driver that was killed Ray's agents live on. This waits until the driver is gone, then ends what its cluster left.
+_REAPER = """
+import os, sys, time
+sys.stdin.read()
+mark, idle = sys.argv[1].encode(), 0
+while idle < 2:
+    idle += 1
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/environ", "rb") as file:
+                found = mark in file.read().split(bytes(1))
+            if found and int(pid) != os.getpid():
+                os.kill(int(pid), 9)
+                idle = 0
+        except OSError:
+            pass
+    time.sleep(0.5)
+"""
+_CLUSTER = "NFNET_RAY_CLUSTER"  # in the environment of all processes of such a cluster
+
+
 class RayEngine:
     """Ray Core tasks: on a cluster (`address`), or on one that Ray makes of this machine for as long as the study runs.
 
@@ -107,6 +130,7 @@ class RayEngine:
     ):  # fmt: skip
         self.workers, self._cores = room_for(workers, cores_per_run, memory_per_run_gb), cores_per_run
         self._address, self._retries, self._started = address, retries, False
+        self._reaper: subprocess.Popen | None = None
         self._options = {
             "num_cpus": cores_per_run or 1, "num_gpus": gpus_per_run, "memory": int(memory_per_run_gb * 2**30),
             "max_retries": retries,
@@ -124,6 +148,10 @@ class RayEngine:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         room: dict[str, Any] = {}
         if not self._address:  # reachable from this machine only, and by who knows this token
+            name = secrets.token_hex(8)
+            command = [sys.executable, "-c", _REAPER, f"{_CLUSTER}={name}"]
+            self._reaper = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+            os.environ[_CLUSTER] = name
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
             room = {
                 "num_cpus": self.workers * (self._cores or 1),
@@ -136,6 +164,8 @@ class RayEngine:
             ray.init(address=self._address or "local", log_to_driver=False, logging_level="error", **room)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ConfigError(f"address: {self._address!r}: no Ray cluster answers there: {error}") from None
+        finally:
+            os.environ.pop(_CLUSTER, None)
         self._call, self._started = ray.remote(on_own_cores), True
 
     def submit(self, function: Callable, *arguments: Any, tpu_slice: str = "", **options: Any) -> Future:
@@ -161,6 +191,8 @@ class RayEngine:
             wait_for(list(self._pending), timeout=grace)
             ray.shutdown()
             self._started = False
+            if self._reaper is not None:
+                self._reaper.communicate()
 
 
 def _pass_on(outer: Future, inner: Future) -> None:
