@@ -68,9 +68,8 @@ def _train(placement: Any, config: RunConfig, study_dir: Path, timeout: float | 
 
     def on_host(index: int, function: Callable, *arguments: Any):
         strategy = PlacementGroupSchedulingStrategy(placement.placement_group, placement_group_bundle_index=index)
-        task = ray.remote(function).options(
-            num_cpus=0, resources=placement.bundle_resources, scheduling_strategy=strategy, max_retries=0
-        )
+        chips = {name: count for name, count in placement.bundle_resources.items() if name != "CPU"}  # has its own argument
+        task = ray.remote(function).options(num_cpus=0, resources=chips, scheduling_strategy=strategy, max_retries=0)
         return task.remote(*arguments)
 
     ray.get(placement.placement_group.ready())

@@ -73,6 +73,7 @@ def test_a_study_across_two_nodes_of_which_one_is_killed(cluster, study_file, tm
 
 def test_one_slice_a_cell(cluster, study_file, tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
+    monkeypatch.setenv("TPU_NAME", "slice-0")  # as on the hosts of a slice, which have no server of metadata to ask here
     labels = {"ray.io/tpu-slice-name": "slice-0", "ray.io/tpu-pod-type": "v4-16", "ray.io/tpu-topology": "2x2x2"}
     for worker in range(2):
         head = {"TPU-v4-16-head": 1} if worker == 0 else {}
