@@ -109,7 +109,7 @@ def test_a_study_runs_skips_and_refuses_another(study, tmp_path, capsys):
     other = tmp_path / "study.yaml"
     other.write_text(SMALLEST.replace("num_classes: 4", "num_classes: 5"))
     assert main(["study", str(other), "--out", str(out)]) == 2
-    assert "pretrain:" in capsys.readouterr().err
+    assert "pretrain.num_classes: 5, but" in capsys.readouterr().err
     assert main(["study", str(tmp_path / "none.yaml")]) == 2
     assert main(["status", str(out)]) == 0 and json.loads((out / "study.json").read_text())["name"] == "smallest"
 
