@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from nfnet_lib import PROJECT, tuning
-from nfnet_lib.cell import INTERACTIVE, STOP, CellFailed, CellStopped, cell_dir
+from nfnet_lib.cell import INTERACTIVE, CellFailed, CellStopped, cell_dir
 from nfnet_lib.config import ConfigError, RunConfig, config_from_params
 from nfnet_lib.locks import exclusive, holder
-from nfnet_lib.records import METRICS, read_metrics, run_folders, write_json
+from nfnet_lib.records import METRICS, STOP, read_metrics, run_folders, write_json
 from nfnet_lib.status import counts, shown, status_table
 
 _FOLDER = ".background"  # in a cell's folder: what was asked for, the log, and the lock of the process at work
@@ -47,7 +47,8 @@ def start(config: RunConfig, lr_grid: list[float], study_dir: Path) -> Path:
     if _at_work(folder):
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    (folder.parent / STOP).unlink(missing_ok=True)
+    for name in _trials(config, lr_grid):  # what was asked of earlier ones
+        (study_dir / name / STOP).unlink(missing_ok=True)
     write_json(folder / "request.json", {
         "config": config.model_dump(mode="json"), "lr_grid": list(lr_grid), "study_dir": str(Path(study_dir).resolve()),
     })  # fmt: skip

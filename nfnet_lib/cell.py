@@ -22,12 +22,11 @@ from typing import Any
 
 from nfnet_lib import PROJECT
 from nfnet_lib.config import RunConfig
-from nfnet_lib.records import FAILURE, write_json
+from nfnet_lib.records import FAILURE, STOP, write_json
 from nfnet_lib.tuning import tuned_already
 
 NOTEBOOKS = PROJECT / "notebooks"
 LONGEST_OUTPUT = 200_000  # characters of one printed output that a notebook keeps; the log has all of it
-STOP = "STOP"  # a file of this name in a study's folder: no cell starts any more, and runs save and end
 INTERACTIVE = "JPY_SESSION_NAME"  # which a Jupyter server sets for the kernels of open notebooks
 _RUN_NOTEBOOK = {"pretrain": "02_pretrain.ipynb", "finetune": "03_finetune.ipynb"}
 # Large memory pages: XLA maps and unmaps its work space at every step on CPU; 15% off a step (LOG.md).

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 2  # 1 had no digest; what is missing from older records is missing from tables, too
 SUMMARY, FAILURE, METRICS, PARAMS = "summary.json", "failure.json", "metrics.jsonl", "params.json"
+STOP = "STOP"  # a file of this name in a run's folder, or its study's: runs save and end, and no cell starts any more
 _MARKERS = (SUMMARY, FAILURE, METRICS, PARAMS)
 _BELOW_STUDY = 2  # run folders lie at most this many levels below the folder given
 _LEADING = ("run_id", "kind", "variant", "epoch_budget", "peak_lr", "seed", "heldout_loss", "heldout_top1",

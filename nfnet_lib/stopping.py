@@ -10,8 +10,6 @@ import jax
 
 from nfnet_lib import distributed
 
-STOP = "STOP"  # a file of this name in the run folder, or the study's, asks for one more checkpoint and a clean end
-
 
 def asked_to_stop(asked: threading.Event, stop_files: list[Path], number: int) -> bool:
     """Whether this step is to be the last for now; several processes ask each other every few steps."""

@@ -11,128 +11,24 @@ import json
 import math
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from nfnet_lib import flops
-from nfnet_lib.cell import NOTEBOOKS, STOP, CellFailed, CellStopped, execute, finished, project_relative, run_cell
+from nfnet_lib.cell import NOTEBOOKS, execute, finished, project_relative, run_cell
 from nfnet_lib.config import ConfigError, FinetuneConfig, PretrainConfig, RunConfig, StudyConfig
-from nfnet_lib.engine import Engine, first_ended, make_engine
+from nfnet_lib.engine import Engine, make_engine
+from nfnet_lib.graph import Done, Step, Work, run_graph
 from nfnet_lib.locks import exclusive
-from nfnet_lib.records import collect, results_csv, write_json
+from nfnet_lib.records import STOP, collect, results_csv, write_json
+from nfnet_lib.study_grid import PretrainCell, pretrain_cells, search_of
 from nfnet_lib.tuning import known_loss
-from nfnet_lib.variants import VARIANTS
 
 GRACE_SECONDS = 60  # that interrupted runs get for a last checkpoint
 _FREE_TO_CHANGE = (
     "workers", "cores_per_run", "memory_per_run_gb", "gpus_per_run", "tpu_slice", "platform", "timeout_minutes", "retries",
     "notebooks", "finetune_cells", "comparison_seeds",
 )  # fmt: skip
-
-
-class Work(NamedTuple):
-    """A call for an engine."""
-
-    function: Callable
-    arguments: tuple
-    options: dict[str, Any]
-
-
-class Done(NamedTuple):
-    """What a call would give that was made before."""
-
-    result: Any
-
-
-class Step(NamedTuple):
-    """One node of a study's graph.
-
-    make: called when all of `needs` have ended, well or not: the work that is left, why there can't be any (a failure), or
-    None where it needed no engine. told: what to say of the result, after so many seconds, or None if it was there.
-    """
-
-    name: str
-    needs: tuple[str, ...]
-    make: Callable[[], Work | Done | str | None]
-    told: Callable[[Any, float | None], str]
-
-
-class PretrainCell(NamedTuple):
-    """A variant at an epoch budget with a seed (None: that of the study's parameters), whose learning rate is tuned."""
-
-    variant: str
-    epoch_budget: float
-    seed: int | None
-
-    @property
-    def name(self) -> str:
-        seed = "" if self.seed is None else f"_s{self.seed}"
-        return f"{self.variant.replace('/', '-')}_ep{self.epoch_budget:g}{seed}"
-
-
-def pretrain_cells(study: StudyConfig) -> list[PretrainCell]:
-    """The grid of a study, the longest cell first: the workers stay busy to the end."""
-    cells = [
-        PretrainCell(variant, budget, seed)
-        for variant in study.variants
-        for budget in study.epoch_budgets
-        for seed in study.seeds or [None]
-    ]
-    return sorted(cells, key=lambda cell: -_macs(study, cell))
-
-
-def search_of(study: StudyConfig, cell: PretrainCell, study_dir: Path) -> tuple[PretrainConfig, list[float]] | None:
-    """(where the search of a cell's learning rate begins, the rates that it may try).
-
-    With lr_search="two_trials" that depends on the best rates of smaller cells: None where one that is needed is not done.
-    """
-    lr_grid, lr_start = study.learning_rates(cell.variant)
-    start = lr_start.get(cell.epoch_budget, lr_grid[len(lr_grid) // 2])
-    if study.lr_search == "two_trials" and (smaller := _smaller(study, cell)):
-        import pandas as pd
-
-        from nfnet_lib.rules import propose_lr
-
-        known = []
-        for other in smaller:
-            config = _searched(study, other, study_dir)
-            if config is None:
-                return None
-            known.append({
-                "forward_macs": flops.run_macs(config), "epoch_budget": other.epoch_budget, "best_lr": config.peak_lr,
-            })  # fmt: skip
-        start, second = propose_lr(pd.DataFrame(known), _size(study, cell), cell.epoch_budget, lr_grid)
-        lr_grid = sorted((start, second))
-    return study.pretrain_config(*cell[:2], start, cell.seed), lr_grid
-
-
-def _searched(study: StudyConfig, cell: PretrainCell, study_dir: Path) -> PretrainConfig | None:
-    """The config of a cell's best run; None where the cell is not done."""
-    found = search_of(study, cell, study_dir)
-    if found is None or (summary := finished(found[0], study_dir, found[1])) is None:
-        return None
-    return found[0].model_copy(update={"peak_lr": summary["config"]["peak_lr"]})
-
-
-def _smaller(study: StudyConfig, cell: PretrainCell) -> list[PretrainCell]:
-    """The cells whose best rates a two-trial search starts from: no larger in size and epochs, of the same family and seed."""
-    family = VARIANTS[cell.variant].family
-    return [
-        other
-        for other in pretrain_cells(study)
-        if other != cell and other.seed == cell.seed and other.epoch_budget <= cell.epoch_budget
-        and VARIANTS[other.variant].family == family and _size(study, other) <= _size(study, cell)
-    ]  # fmt: skip
-
-
-def _size(study: StudyConfig, cell: PretrainCell) -> int:
-    return flops.run_macs(study.pretrain_config(*cell[:2], study.learning_rates(cell.variant)[0][0], cell.seed))
-
-
-def _macs(study: StudyConfig, cell: PretrainCell) -> float:
-    return cell.epoch_budget * _size(study, cell)
 
 
 def run_study(
@@ -174,7 +70,7 @@ def run_study(
             steps = [step for step in steps if step.name.partition("_lr")[0] in only]
         with tqdm(total=len(steps) + (not only), unit="cell", desc=study.name) as bar:
             bar.write(f"{study.name}: {len(steps)} steps, {runs_on.workers} at a time")
-            failures = _run_graph(steps, runs_on, bar.write, bar.update)
+            failures = run_graph(steps, runs_on, bar.write, bar.update)
             if only:
                 return None, failures
             from nfnet_lib.report import build_report
@@ -325,44 +221,6 @@ def _result(name: str, summary: dict[str, Any], took: float | None, searched: bo
 
 def _executed(name: str) -> Callable[[Any, float | None], str]:
     return lambda _, took: f"{name}: executed ({took:.0f} s)"
-
-
-def _run_graph(
-    steps: list[Step], engine: Engine, say: Callable[[str], None], progress: Callable[[], Any]
-) -> dict[str, str]:
-    """Run every step when those that it needs have ended; {name: error} of those that failed."""
-    waiting, running, failures = {step.name: step for step in steps}, {}, {}
-
-    def ended(name: str, text: str) -> None:
-        if text:
-            say(text)
-        progress()
-
-    while waiting or running:
-        busy = set(waiting) | {step.name for step, _ in running.values()}
-        for step in [step for step in waiting.values() if busy.isdisjoint(step.needs)]:
-            del waiting[step.name]
-            made = step.make()
-            if isinstance(made, Work):
-                future = engine.submit(made.function, *made.arguments, **made.options)
-                running[future] = (step, time.monotonic())
-                continue
-            if isinstance(made, str):
-                failures[step.name] = made
-            ended(
-                step.name,
-                f"{step.name}: {made}" if isinstance(made, str) else step.told(made.result, None) if made else "",
-            )
-        for future in first_ended(running) if running else ():
-            step, started = running.pop(future)
-            try:
-                ended(step.name, step.told(future.result(), time.monotonic() - started))
-            except CellStopped as error:  # somebody put a STOP file into the study's folder
-                raise KeyboardInterrupt from error
-            except CellFailed as error:
-                failures[step.name] = str(error)
-                ended(step.name, f"{step.name}: FAILED: {error}")
-    return failures
 
 
 def refuse_other_study(study: StudyConfig, study_dir: Path) -> None:

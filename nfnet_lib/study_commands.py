@@ -34,7 +34,7 @@ def _study(arguments: argparse.Namespace) -> int:
 
 
 def _cells(arguments: argparse.Namespace) -> int:
-    from nfnet_lib.study import pretrain_cells
+    from nfnet_lib.study_grid import pretrain_cells
 
     print("\n".join(cell.name for cell in pretrain_cells(StudyConfig.from_file(arguments.file))))
     return 0

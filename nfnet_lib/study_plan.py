@@ -9,7 +9,7 @@ from nfnet_lib import flops, paper
 from nfnet_lib.cell import finished
 from nfnet_lib.config import RunConfig, StudyConfig
 from nfnet_lib.records import collect
-from nfnet_lib.study import pretrain_cells, search_of
+from nfnet_lib.study_grid import pretrain_cells, search_of
 
 if TYPE_CHECKING:
     import pandas as pd

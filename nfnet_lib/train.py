@@ -25,6 +25,7 @@ from nfnet_lib.program import EVAL_BATCH, PROGRAM_PARAMETERS, Programs, evaluate
 from nfnet_lib.records import (
     FAILURE,
     PARAMS,
+    STOP,
     SUMMARY,
     MetricsWriter,
     RecordError,
@@ -34,7 +35,7 @@ from nfnet_lib.records import (
 )
 from nfnet_lib.selection import Selection
 from nfnet_lib.sources import cached
-from nfnet_lib.stopping import STOP, asked_to_stop, heeding_sigterm
+from nfnet_lib.stopping import asked_to_stop, heeding_sigterm
 from nfnet_lib.tensorboard import EventWriter
 from nfnet_lib.weights import load_pretrained, save_params, transfer
 
@@ -77,7 +78,6 @@ def run(config: RunConfig, out_dir: str | Path, *, cache_dir: str | Path | None 
             return summary
         if distributed.is_primary():
             write_json(out_dir / PARAMS, config.model_dump(mode="json"))
-            (out_dir / STOP).unlink(missing_ok=True)
         asked = held.enter_context(heeding_sigterm())
         summary = _train(config, out_dir, train_source, heldout_source, sampler, initial, asked, progress)
         if distributed.is_primary():
@@ -96,10 +96,17 @@ def small_pretraining(variant: str, study_dir: Path = PROJECT / "outputs" / "by_
     return study_dir / config.run_id
 
 
+def _asked_by(stop_files: list[Path]) -> str:
+    """The run's own STOP file has done its work and goes; one of the study stays for its other runs, and is named."""
+    own, study = stop_files
+    if distributed.is_primary():
+        own.unlink(missing_ok=True)
+    return f", as {study.parent.name}/{study.name} asks" if study.exists() else ""
+
+
 def _train(config, out_dir, train_source, heldout_source, sampler, initial, asked, progress) -> dict[str, Any]:
     started, clock, primary = provenance.now(), time.perf_counter(), distributed.is_primary()
-    # One that is there already was meant for others.
-    stop_files = [file for file in (out_dir / STOP, out_dir.parent / STOP) if not file.exists()]
+    stop_files = [out_dir / STOP, out_dir.parent / STOP]
     each = [getattr(source, "labels_per_example", 1) for source in (train_source, heldout_source)]
     program = programs(
         tuple((name, getattr(config, name)) for name in PROGRAM_PARAMETERS), tuple(config.model_settings.items()),
@@ -212,7 +219,7 @@ def _train(config, out_dir, train_source, heldout_source, sampler, initial, aske
                         "metrics": writer.digest, "environment": environment, "changes": changes,
                     })  # fmt: skip
             if stopping:
-                raise Stopped(f"stopped at step {number} of {config.steps}; start it again to resume")
+                raise Stopped(f"stopped at step {number} of {config.steps}{_asked_by(stop_files)}; start it again to resume")
         if pending is not None:
             read(pending, config.steps)
     trained_seconds += time.perf_counter() - loop_clock

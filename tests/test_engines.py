@@ -15,7 +15,7 @@ import pytest
 from nfnet_lib import engine
 from nfnet_lib.cli import main
 from nfnet_lib.config import ConfigError, StudyConfig
-from nfnet_lib.study import pretrain_cells, search_of
+from nfnet_lib.study_grid import pretrain_cells, search_of
 
 SMALLEST = """
 study:

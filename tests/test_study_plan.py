@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import synthetic
 
-from nfnet_lib import flops, rules, study
+from nfnet_lib import flops, graph, rules, study, study_grid
 from nfnet_lib.cell import CellFailed, cell_dir
 from nfnet_lib.cli import main
 from nfnet_lib.config import ConfigError, StudyConfig
@@ -47,42 +47,42 @@ def planted(folder, config, lr_grid, best):
 
 def test_cells_are_the_grid_the_longest_first(path):
     named = StudyConfig.from_file(path, {"seeds": [0, 7]})
-    cells = study.pretrain_cells(named)
+    cells = study_grid.pretrain_cells(named)
     assert [cell.name for cell in cells[:2]] == ["F1-mini_ep2_s0", "F1-mini_ep2_s7"] and len(cells) == 8
     assert cells[-1].name == "F0-mini_ep1_s7"
-    assert {study.search_of(named, cell, path.parent)[0].seed for cell in cells} == {0, 7}
-    assert {cell.seed for cell in study.pretrain_cells(StudyConfig.from_file(path))} == {None}
+    assert {study_grid.search_of(named, cell, path.parent)[0].seed for cell in cells} == {0, 7}
+    assert {cell.seed for cell in study_grid.pretrain_cells(StudyConfig.from_file(path))} == {None}
 
 
 def test_two_trials_start_from_smaller_cells(path, tmp_path):
     named, folder = StudyConfig.from_file(path, {"lr_search": "two_trials"}), tmp_path / "out"
-    by_name = {cell.name: cell for cell in study.pretrain_cells(named)}
-    config, grid = study.search_of(named, by_name["F0-mini_ep1"], folder)
+    by_name = {cell.name: cell for cell in study_grid.pretrain_cells(named)}
+    config, grid = study_grid.search_of(named, by_name["F0-mini_ep1"], folder)
     assert grid == named.lr_grid, "the smallest cell is searched in full"
-    assert study.search_of(named, by_name["F0-mini_ep2"], folder) is None
+    assert study_grid.search_of(named, by_name["F0-mini_ep2"], folder) is None
     planted(folder, config, grid, best=0.1)
-    config, pair = study.search_of(named, by_name["F0-mini_ep2"], folder)
+    config, pair = study_grid.search_of(named, by_name["F0-mini_ep2"], folder)
     known = pd.DataFrame([{"forward_macs": flops.run_macs(config), "epoch_budget": 1.0, "best_lr": 0.1}])
     assert (config.peak_lr, set(pair)) == (0.1, {0.1, 0.05})
     assert (config.peak_lr, *sorted(set(pair) - {config.peak_lr})) == rules.propose_lr(
         known, flops.run_macs(config), 2.0, named.lr_grid
     )
-    assert study.search_of(named, by_name["F1-mini_ep2"], folder) is None, "two smaller cells are not done"
+    assert study_grid.search_of(named, by_name["F1-mini_ep2"], folder) is None, "two smaller cells are not done"
 
 
 def test_a_dry_run_plans_counts_and_writes_nothing(path, tmp_path, capsys):
     named, folder = StudyConfig.from_file(path), tmp_path / "out"
     assert main(["study", str(path), "--out", str(folder), "--dry-run"]) == 0
     assert "4 cells, 12 runs" in capsys.readouterr().out and not folder.exists()
-    cell = study.pretrain_cells(named)[0]
-    planted(folder, *study.search_of(named, cell, folder), best=0.05)
+    cell = study_grid.pretrain_cells(named)[0]
+    planted(folder, *study_grid.search_of(named, cell, folder), best=0.05)
     from nfnet_lib.records import collect
 
     table = plan_table(named, folder, collect(folder)).set_index("cell")
     assert table["state"].to_dict() == {
         "F1-mini_ep2": "done", "F0-mini_ep2": "to do", "F1-mini_ep1": "to do", "F0-mini_ep1": "to do",
     }  # fmt: skip
-    config, _ = study.search_of(named, cell, folder)
+    config, _ = study_grid.search_of(named, cell, folder)
     own = flops.forward_macs(config.architecture, 16, 4)
     assert table.loc["F1-mini_ep2", "train_flops"] == 6 * own * 128 and table.loc["F1-mini_ep2", "steps"] == 8
     rate, on_top = 60.0 / 1e12, 5 * 1.0 + 6  # of the planted records: five runs with a second on top each
@@ -147,7 +147,7 @@ def test_the_graph_of_a_study(path, tmp_path):
         return {"heldout_loss": 1.0, "config": {"peak_lr": best}}
 
     engine, said = Recording(outcome), []
-    failures = study._run_graph(study._graph(named, folder), engine, said.append, lambda: None)
+    failures = graph.run_graph(study._graph(named, folder), engine, said.append, lambda: None)
     assert set(failures) == {"F1-mini_ep1", "F1-mini_ep2", "finetune_F1-mini_ra1", "finetune_F1-mini_ra4"}
     assert failures["F1-mini_ep1"] == "it broke"
     assert failures["finetune_F1-mini_ra1"] == "not run: no pre-training run of F1-mini is done"
@@ -158,7 +158,7 @@ def test_the_graph_of_a_study(path, tmp_path):
     assert all("F0-mini" in config.pretrained_run for config in tuned)
     assert (folder / "results.csv").read_text().count("\n") == 1 + 10 + 2
     again = Recording(outcome)
-    study._run_graph(study._graph(named, folder), again, said.append, lambda: None)
+    graph.run_graph(study._graph(named, folder), again, said.append, lambda: None)
     assert {arguments[0].variant for _, arguments, _ in again.calls} == {"F1-mini"}, "what is done never meets the engine"
     assert any("skipped: already done" in line for line in said)
 
@@ -167,7 +167,7 @@ def test_slices_and_platforms_reach_the_engine(path, tmp_path):
     (tmp_path / "out").mkdir()
     named = StudyConfig.from_file(path, {"tpu_slice": "v4:2x2x4", "platform": "tpu", "retries": 5, "variants": ["F0-mini"]})
     engine = Recording(lambda *_, **__: CellFailed("not today", ""))
-    study._run_graph(study._graph(named, tmp_path / "out"), engine, lambda _: None, lambda: None)
+    graph.run_graph(study._graph(named, tmp_path / "out"), engine, lambda _: None, lambda: None)
     for _, _, options in engine.calls:
         assert (options["tpu_slice"], options["platform"], options["retries"]) == ("v4:2x2x4", "tpu", 5)
 

@@ -95,32 +95,20 @@ def test_a_finished_run_is_not_run_again(finished):
 def test_stopped_and_resumed_ends_with_the_same_numbers(finished, cache, tmp_path):
     config, out_dir, _ = finished
     other = tmp_path / config.run_id
-    for _ in range(3):  # a STOP file is honoured after the step under way, so three legs of at least one step each
+    for leg in range(1, 4):  # also a STOP file that is there before the first step is heeded, and then gone
         other.mkdir(exist_ok=True)
-        stopper = _StopSoon(other)
-        stopper.start()
-        try:
+        (other / "STOP").touch()
+        with pytest.raises(Stopped, match=rf"stopped at step {leg} of \d+; start it again"):
             run(config, other, cache_dir=cache, progress=False)
-        except Stopped:
-            pass
-        stopper.join()
+        assert not (other / "STOP").exists()
+    (tmp_path / "STOP").touch()  # the study's stays for its other runs
+    with pytest.raises(Stopped, match=f"stopped at step 4 of .* as {tmp_path.name}/STOP asks; start it again"):
+        run(config, other, cache_dir=cache, progress=False)
+    (tmp_path / "STOP").unlink()
     run(config, other, cache_dir=cache, progress=False)
     assert comparable(other) == comparable(out_dir)
     for ours, theirs in zip(jax.tree.leaves(load_params(other)), jax.tree.leaves(load_params(out_dir)), strict=True):
         np.testing.assert_array_equal(ours, theirs)
-
-
-def _StopSoon(folder):
-    import threading
-
-    def touch():
-        for _ in range(2000):
-            if (folder / "metrics.jsonl").exists():
-                (folder / "STOP").touch()
-                return
-            time.sleep(0.005)
-
-    return threading.Thread(target=touch)
 
 
 def test_killed_at_any_moment_it_resumes(finished, cache, tmp_path):
