@@ -113,6 +113,7 @@ def test_killed_failed_interrupted_and_resumed(name, undisturbed, tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.wait(90) == 130 and gone(everyone) and not (out / "STOP").exists()
     assert list(out.glob("*ep2_lr*/checkpoints/[0-9]*")), "a run that was under way saved where it was"
+    assert not list(out.glob("*ep2_lr*/summary.json")), "and did not go on to its end"
     assert "(skipped: already done)" in out.with_suffix(".log").read_text()
 
     # The driver is killed.
