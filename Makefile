@@ -31,6 +31,8 @@ UV_CACHE_DIR := $(shell d="$${XDG_CACHE_HOME:-$${HOME:+$$HOME/.cache}}"; cache="
 endif
 export UV_CACHE_DIR
 
+PYTEST := $(BIN)/python -m pytest
+
 .PHONY: help reproduce test faults audit lint lab app profile bench constraints clean
 
 help: ## list the targets
@@ -39,8 +41,8 @@ help: ## list the targets
 reproduce: $(STAMP) ## run the laptop study and write its report; prints the report's path at the end
 	$(BIN)/nfnet study $(STUDY) $(ARGS)
 
-test: lint $(VENV)/.extra-ray $(VENV)/.extra-app $(if $(filter-out 0,$(PARITY)),$(VENV)/.parity) $(if $(filter-out 0,$(BROWSER)),$(VENV)/.browser) ## lint, then run every test (PARITY=0: without PyTorch and timm; BROWSER=0: without a browser)
-	$(BIN)/python -m pytest $(if $(filter 0,$(BROWSER)),-m "not browser") $(ARGS)
+test: lint $(VENV)/.extra-ray $(VENV)/.extra-app $(if $(filter-out 0,$(PARITY)),$(VENV)/.parity) $(if $(filter-out 0,$(BROWSER)),$(VENV)/.browser) ## lint, then every test, or those of ARGS (PARITY=0: without PyTorch and timm; BROWSER=0: without a browser)
+	$(if $(ARGS),$(PYTEST) $(if $(filter 0,$(BROWSER)),-m "not browser") $(ARGS),$(PYTEST) -n 2 --dist loadfile -m "not alone" && $(PYTEST) -m "alone$(if $(filter 0,$(BROWSER)), and not browser)")
 
 faults: $(STAMP) $(VENV)/.extra-ray $(VENV)/.extra-app ## make every fault of docs/reliability.md, in its long form, and write what happened
 	$(BIN)/python tests/faults.py $(ARGS)

@@ -10,6 +10,7 @@ import fcntl
 import functools
 import os
 import secrets
+import socket
 import subprocess
 import sys
 import tempfile
@@ -113,6 +114,7 @@ while idle < 2:
             pass
     time.sleep(0.5)
 """
+_CONNECT_SECONDS = 10
 _CLUSTER = "NFNET_RAY_CLUSTER"  # in the environment of all processes of such a cluster
 
 
@@ -142,12 +144,15 @@ class RayEngine:
             raise ConfigError(
                 "engine: 'ray' needs the [ray] extra: pip install -e '.[ray]' -c constraints.txt"
             ) from None
+        _refuse_silent(address)
 
     def _start(self) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         room: dict[str, Any] = {}
-        if not self._address:  # reachable from this machine only, and by who knows this token
+        if self._address:  # something listens there; where it is not Ray, three questions are enough
+            os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "3")
+        else:  # reachable from this machine only, and by who knows this token
             name = secrets.token_hex(8)
             command = [sys.executable, "-c", _REAPER, f"{_CLUSTER}={name}"]
             self._reaper = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
@@ -193,6 +198,17 @@ class RayEngine:
             self._started = False
             if self._reaper is not None:
                 self._reaper.communicate()
+
+
+def _refuse_silent(address: str) -> None:
+    """ConfigError where nothing listens at HOST:PORT: Ray itself may ask for twenty minutes. Other addresses Ray judges."""
+    host, _, port = address.rpartition(":")
+    if "/" in address or not host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"address: {address!r}: no Ray cluster answers there: {error}") from None
 
 
 def _pass_on(outer: Future, inner: Future) -> None:

@@ -5,18 +5,41 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX_PLATFORMS=cuda pytest ... runs the same tests on an accelerator
 os.environ["MPLBACKEND"] = "Agg"
 
+from pathlib import Path
+
 import pytest
 from synthetic import finetune_summaries, pretrain_summaries, write_runs
 
 from nfnet_lib.cell import NOTEBOOKS, execute
+from nfnet_lib.config import StudyConfig
+from nfnet_lib.study import run_study
+
+# They start studies and other processes, kill and time them: each wants the whole machine for itself.
+ALONE = {
+    "test_browser", "test_distributed", "test_engines", "test_environment", "test_faults", "test_faults_resume", "test_loader",
+    "test_notebooks", "test_papermill", "test_profiling", "test_ray", "test_study",
+}  # fmt: skip
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(config, items):
-    """Leave out what only `make faults` runs, unless it does."""
+    """Mark what must run alone; leave out what only `make faults` runs, unless it does."""
+    for item in items:
+        if item.path.stem in ALONE:
+            item.add_marker("alone")
     if os.environ.get("FAULTS") != "long":
         long = [item for item in items if item.get_closest_marker("long")]
         items[:] = [item for item in items if item not in long]
         config.hook.pytest_deselected(items=long)
+
+
+@pytest.fixture(scope="session")
+def smallest_study(tmp_path_factory):
+    """The file of the smallest study, and the folder of a run of it that nothing disturbed; neither is to be changed."""
+    path, out = Path(__file__).parent / "smallest.yaml", tmp_path_factory.mktemp("undisturbed") / "out"
+    _, failures = run_study(StudyConfig.from_file(path), out)
+    assert not failures
+    return path, out
 
 
 @pytest.fixture(scope="session")

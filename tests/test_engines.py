@@ -17,26 +17,6 @@ from nfnet_lib.cli import main
 from nfnet_lib.config import ConfigError, StudyConfig
 from nfnet_lib.study_grid import pretrain_cells, search_of
 
-SMALLEST = """
-study:
-  name: smallest
-  pretrain: {num_classes: 4, image_size: 16, resolution: 16, eval_resolution: 16, examples_per_epoch: 4096,
-             heldout_examples: 16, batch_size: 16, checkpoints: 4}
-  variants: [F0-mini]
-  epoch_budgets: [1, 2]
-  lr_grid: [0.05, 0.1]
-  notebooks: []
-"""
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """The study's file and the folder of a run that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("engines")
-    (folder / "study.yaml").write_text(SMALLEST)
-    assert main(["study", str(folder / "study.yaml"), "--out", str(folder / "out")]) == 0
-    return folder / "study.yaml", folder / "out"
-
 
 def start(path, out, *options):
     """`nfnet study` in a process of its own, with the compiled programs of the undisturbed study."""
@@ -75,8 +55,8 @@ def blocked_run(path, out):
 
 
 @pytest.mark.parametrize("name", engine.ENGINES)
-def test_killed_failed_interrupted_and_resumed(name, undisturbed, tmp_path):
-    path, reference = undisturbed
+def test_killed_failed_interrupted_and_resumed(name, smallest_study, tmp_path):
+    path, reference = smallest_study
     out = tmp_path / "out"
     out.mkdir()
     shutil.copytree(reference / ".cache", out / ".cache")
@@ -147,8 +127,8 @@ def test_engines_that_are_not():
         engine.make_engine("local", address="x:1", **room)
 
 
-def test_only_one_cell_and_slices_need_ray(undisturbed, tmp_path, capsys):
-    path, _ = undisturbed
+def test_only_one_cell_and_slices_need_ray(smallest_study, tmp_path, capsys):
+    path, _ = smallest_study
     assert main(["study", str(path), "--out", str(tmp_path / "a"), "--only", "F0-mini_ep3"]) == 2
     assert "known: F0-mini_ep2, F0-mini_ep1" in capsys.readouterr().err
     assert main(["study", str(path), "--out", str(tmp_path / "a"), "-p", "tpu_slice=v4:2x2x2"]) == 2

@@ -27,7 +27,6 @@ from test_distributed import SMALL
 from test_distributed import start as start_all
 from test_engines import until
 from test_papermill import notebook
-from test_study import SMALLEST
 
 from nfnet_lib import PROJECT, engine, graph
 from nfnet_lib.cell import NOTEBOOKS, CellFailed, execute
@@ -38,6 +37,7 @@ from nfnet_lib.records import collect, read_summary, write_json
 from nfnet_lib.report import build_report
 from nfnet_lib.sources import cached
 
+SMALLEST = (Path(__file__).parent / "smallest.yaml").read_text()
 LONG = os.environ.get("FAULTS") == "long"  # as `make faults` sets it; otherwise the same with fewer kills and runs
 PARAMS = {
     "variant": "Ti/4-mini", "optimizer": "adamw", "peak_lr": 0.002, "num_classes": 4, "image_size": 16, "resolution": 16,
@@ -493,7 +493,7 @@ def contested(tmp_path_factory):
         (data / MARKUP[i % 2]).mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(data / MARKUP[i % 2] / f"{i}.png"), np.random.default_rng(i).integers(0, 255, (20, 20, 3), np.uint8))
     study = yaml.safe_load(SMALLEST)
-    study["study"]["pretrain"] |= {"dataset": f"folder:{data}", "heldout_examples": 2, "optimizer": "adamw"}
+    study["study"]["pretrain"] |= {"dataset": f"folder:{data}", "examples_per_epoch": 32, "heldout_examples": 2, "optimizer": "adamw"}
     study["study"] |= {"variants": ["Ti/4-mini"], "epoch_budgets": [1], "lr_grid": [0.05]}
     (folder / "study.yaml").write_text(yaml.safe_dump(study))
     command = [sys.executable, "-m", "nfnet_lib.cli", "study", str(folder / "study.yaml"), "--out", str(folder / "out")]

@@ -76,11 +76,16 @@ def test_gradients_and_three_updates(tiny):
         assert norms[name] == pytest.approx(norm, rel=1e-3), name
     optimizer = make_optimizer(0.1, weight_decay=2e-5)
     state = optimizer.init(params)
+
+    @jax.jit
+    def update(grads, state, params):
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
     for expected in GOLDEN["losses_before_each_of_3_steps"]:
         loss, grads = gradient(params)
         assert float(loss) == pytest.approx(expected, rel=1e-4)
-        updates, state = optimizer.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
+        params, state = update(grads, state, params)
     norms = released_norms(model, params)
     for name, norm in GOLDEN["param_norm_after_3_steps"].items():
         assert norms[name] == pytest.approx(norm, rel=1e-4), name
@@ -220,11 +225,12 @@ def test_fresh_network_is_its_shortcut_path():
 def test_noise_only_in_training_and_from_the_key():
     model = models.create("F0-mini", 5, stochdepth_rate=0.5, drop_rate=0.5)
     params, images = rule_params(model), jax.random.normal(jax.random.key(1), (4, 32, 32, 3))
-    plain = models.create("F0-mini", 5).apply(params, images)
-    np.testing.assert_array_equal(model.apply(params, images), plain)
-    once = model.apply(params, images, train=True, key=jax.random.key(2))
-    np.testing.assert_array_equal(once, model.apply(params, images, train=True, key=jax.random.key(2)))
-    assert not np.allclose(once, model.apply(params, images, train=True, key=jax.random.key(3)))
+    plain = jitted(models.create("F0-mini", 5))(params, images)
+    np.testing.assert_array_equal(jitted(model)(params, images), plain)
+    noisy = jax.jit(functools.partial(model.apply, params, images, train=True))
+    once = noisy(key=jax.random.key(2))
+    np.testing.assert_array_equal(once, noisy(key=jax.random.key(2)))
+    assert not np.allclose(once, noisy(key=jax.random.key(3)))
     with pytest.raises(ValueError, match="key"):
         model.apply(params, images, train=True)
 
@@ -309,7 +315,7 @@ def test_the_activation_and_its_slope_in_closed_form():
     np.testing.assert_allclose(value, GELU_SCALE * jax.nn.gelu(jnp.asarray(x, jnp.float32)), atol=2e-6)
 
 
-@pytest.mark.parametrize("side,size", [((64, 96), 2), ((30, 44), 1)])
+@pytest.mark.parametrize("side,size", [((32, 48), 2), ((30, 44), 1)])
 def test_a_packed_stem_is_the_same_network(side, size):
     """Logits and gradients as traced for a TPU, whose stem is packed where the sides are multiples of 4, and for a GPU."""
     model = models.create("F0-mini", 10)
@@ -319,9 +325,9 @@ def test_a_packed_stem_is_the_same_network(side, size):
         return jnp.mean(jnp.sin(model.apply(params, images)))
 
     with for_backend("gpu"):
-        plain, grads = jax.value_and_grad(loss)(params)
+        plain, grads = jax.jit(jax.value_and_grad(loss))(params)
     with for_backend("tpu"):
-        packed, other = jax.value_and_grad(loss)(params)
+        packed, other = jax.jit(jax.value_and_grad(lambda params: loss(params)))(params)
     assert float(packed) == pytest.approx(float(plain), rel=1e-4)
     for one, two in zip(jax.tree.leaves(other), jax.tree.leaves(grads), strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-4 * float(jnp.max(jnp.abs(two))) + 1e-9)

@@ -6,6 +6,7 @@ their devices are CPUs.
 
 import json
 import os
+import shutil
 import time
 
 import kill_study
@@ -15,24 +16,6 @@ from nfnet_lib.config import ConfigError, StudyConfig
 from nfnet_lib.study import run_study
 
 pytestmark = pytest.mark.slow
-
-SMALLEST = """
-study:
-  name: clustered
-  pretrain: {num_classes: 4, image_size: 16, resolution: 16, eval_resolution: 16, examples_per_epoch: 512,
-             heldout_examples: 16, batch_size: 16, checkpoints: 4}
-  variants: [F0-mini]
-  epoch_budgets: [1, 2]
-  lr_grid: [0.05, 0.1]
-  notebooks: []
-"""
-
-
-@pytest.fixture(scope="module")
-def study_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("cluster") / "study.yaml"
-    path.write_text(SMALLEST)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +29,12 @@ def cluster():
     cluster.shutdown()
 
 
-def test_a_study_across_two_nodes_of_which_one_is_killed(cluster, study_file, tmp_path):
+def test_a_study_across_two_nodes_of_which_one_is_killed(cluster, smallest_study, tmp_path):
     import threading
 
-    study = StudyConfig.from_file(study_file)
-    run_study(study, tmp_path / "here")
+    path, undisturbed = smallest_study
+    study = StudyConfig.from_file(path)
+    shutil.copytree(undisturbed / ".cache", tmp_path / "there" / ".cache")
     second = cluster.add_node(num_cpus=1)
     nodes, killed = set(), []
 
@@ -68,10 +52,10 @@ def test_a_study_across_two_nodes_of_which_one_is_killed(cluster, study_file, tm
     report, failures = run_study(study, tmp_path / "there", engine="ray", address=cluster.address)
     killer.join()
     assert killed and not failures and report.exists() and not nodes
-    assert not kill_study.differences(kill_study.records(tmp_path / "here"), kill_study.records(tmp_path / "there"))
+    assert not kill_study.differences(kill_study.records(undisturbed), kill_study.records(tmp_path / "there"))
 
 
-def test_one_slice_a_cell(cluster, study_file, tmp_path, monkeypatch):
+def test_one_slice_a_cell(cluster, smallest_study, tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
     monkeypatch.setenv("TPU_NAME", "slice-0")  # as on the hosts of a slice, which have no server of metadata to ask here
     labels = {"ray.io/tpu-slice-name": "slice-0", "ray.io/tpu-pod-type": "v4-16", "ray.io/tpu-topology": "2x2x2"}
@@ -80,8 +64,8 @@ def test_one_slice_a_cell(cluster, study_file, tmp_path, monkeypatch):
         cluster.add_node(
             num_cpus=1, resources={"TPU": 4} | head, labels=labels | {"ray.io/tpu-worker-id": str(worker)}
         )
-    settings = {"tpu_slice": "v4:2x2x2", "epoch_budgets": [1]}
-    study = StudyConfig.from_file(study_file, settings)
+    settings = {"tpu_slice": "v4:2x2x2", "epoch_budgets": [1], "pretrain.examples_per_epoch": 512}
+    study = StudyConfig.from_file(smallest_study[0], settings)
     _, failures = run_study(study, tmp_path / "out", engine="ray", address=cluster.address)
     assert not failures
     summaries = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*/summary.json")]
@@ -90,7 +74,9 @@ def test_one_slice_a_cell(cluster, study_file, tmp_path, monkeypatch):
     assert "Laptop scale" in executed.read_text() and len(list((tmp_path / "out").glob("*/host1.log"))) == 2
 
 
-def test_a_cluster_that_does_not_answer(study_file, tmp_path):
-    study = StudyConfig.from_file(study_file)
-    with pytest.raises(ConfigError, match=r"address: '127\.0\.0\.1:9': no Ray cluster"):
-        run_study(study, tmp_path / "out", engine="ray", address="127.0.0.1:9")
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "127.0.0.1:99999", "no-such-host.invalid:6379"])
+def test_a_cluster_that_does_not_answer(address, smallest_study, tmp_path):
+    study = StudyConfig.from_file(smallest_study[0])
+    with pytest.raises(ConfigError, match=rf"address: '{address}': no Ray cluster answers there: "):
+        run_study(study, tmp_path / "out", engine="ray", address=address)
+    assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,29 +76,8 @@ execute(p / 'in.ipynb', p / 'out.ipynb', {{}})"
     assert len(children) >= 2 and not alive
 
 
-SMALLEST = """
-study:
-  name: smallest
-  pretrain: {num_classes: 4, image_size: 16, resolution: 16, eval_resolution: 16, examples_per_epoch: 32,
-             heldout_examples: 16, batch_size: 16, checkpoints: 1}
-  variants: [F0-mini]
-  epoch_budgets: [1, 2]
-  lr_grid: [0.05, 0.1]
-  notebooks: []
-"""
-
-
-@pytest.fixture(scope="module")
-def study(tmp_path_factory):
-    """The file of the smallest study, and the folder of its undisturbed run."""
-    folder = tmp_path_factory.mktemp("study")
-    (folder / "study.yaml").write_text(SMALLEST)
-    assert main(["study", str(folder / "study.yaml"), "--out", str(folder / "out")]) == 0
-    return folder / "study.yaml", folder / "out"
-
-
-def test_a_study_runs_skips_and_refuses_another(study, tmp_path, capsys):
-    path, out = study
+def test_a_study_runs_skips_and_refuses_another(smallest_study, tmp_path, capsys):
+    path, out = smallest_study
     assert (out / "report" / "index.html").exists()
     stamps = {p: p.stat().st_mtime_ns for p in out.glob("*/summary.json")}
     assert len(stamps) == 4 and len(list(out.glob("pretrain_*_tuned_*/run.ipynb"))) == 2
@@ -107,15 +87,16 @@ def test_a_study_runs_skips_and_refuses_another(study, tmp_path, capsys):
     text = (out / "results.csv").read_text()
     assert text.count("\n") == 5 and str(out.parent) not in text
     other = tmp_path / "study.yaml"
-    other.write_text(SMALLEST.replace("num_classes: 4", "num_classes: 5"))
+    other.write_text(path.read_text().replace("num_classes: 4", "num_classes: 5"))
     assert main(["study", str(other), "--out", str(out)]) == 2
     assert "pretrain.num_classes: 5, but" in capsys.readouterr().err
     assert main(["study", str(tmp_path / "none.yaml")]) == 2
     assert main(["status", str(out)]) == 0 and json.loads((out / "study.json").read_text())["name"] == "smallest"
 
 
-def test_a_study_killed_at_random_ends_with_the_same_records(study, tmp_path):
-    path, undisturbed = study
+def test_a_study_killed_at_random_ends_with_the_same_records(smallest_study, tmp_path):
+    path, undisturbed = smallest_study
+    shutil.copytree(undisturbed / ".cache", tmp_path / "killed" / ".cache")
     kill_study.kill_at_random(path, tmp_path / "killed", kills=2, longest=40, seed=1)
     kill_study.finish(path, tmp_path / "killed")
     expected = kill_study.records(undisturbed)
