@@ -493,7 +493,8 @@ def contested(tmp_path_factory):
         (data / MARKUP[i % 2]).mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(data / MARKUP[i % 2] / f"{i}.png"), np.random.default_rng(i).integers(0, 255, (20, 20, 3), np.uint8))
     study = yaml.safe_load(SMALLEST)
-    study["study"]["pretrain"] |= {"dataset": f"folder:{data}", "examples_per_epoch": 32, "heldout_examples": 2, "optimizer": "adamw"}
+    study["study"]["pretrain"] |= {"dataset": f"folder:{data}", "examples_per_epoch": 32, "heldout_examples": 2}
+    study["study"]["pretrain"]["optimizer"] = "adamw"
     study["study"] |= {"variants": ["Ti/4-mini"], "epoch_budgets": [1], "lr_grid": [0.05]}
     (folder / "study.yaml").write_text(yaml.safe_dump(study))
     command = [sys.executable, "-m", "nfnet_lib.cli", "study", str(folder / "study.yaml"), "--out", str(folder / "out")]
