@@ -167,11 +167,15 @@ class RayEngine:
 
         try:
             ray.init(address=self._address or "local", log_to_driver=False, logging_level="error", **room)
+            self._call, self._started = ray.remote(on_own_cores), True
         except (ConnectionError, ValueError, RuntimeError) as error:
+            if not self._address:
+                raise
             raise ConfigError(f"address: {self._address!r}: no Ray cluster answers there: {error}") from None
         finally:
             os.environ.pop(_CLUSTER, None)
-        self._call, self._started = ray.remote(on_own_cores), True
+            if not self._started:
+                self._reap()
 
     def submit(self, function: Callable, *arguments: Any, tpu_slice: str = "", **options: Any) -> Future:
         """tpu_slice: generation and topology ("v4:2x2x4") of the slice that a cell's runs get to themselves."""
@@ -196,8 +200,12 @@ class RayEngine:
             wait_for(list(self._pending), timeout=grace)
             ray.shutdown()
             self._started = False
-            if self._reaper is not None:
-                self._reaper.communicate()
+            self._reap()
+
+    def _reap(self) -> None:
+        """End what Ray left of a cluster of its own."""
+        if self._reaper is not None:
+            self._reaper.communicate()
 
 
 def _refuse_silent(address: str) -> None:
