@@ -169,9 +169,8 @@ class RayEngine:
             ray.init(address=self._address or "local", log_to_driver=False, logging_level="error", **room)
             self._call, self._started = ray.remote(on_own_cores), True
         except (ConnectionError, ValueError, RuntimeError) as error:
-            if not self._address:
-                raise
-            raise ConfigError(f"address: {self._address!r}: no Ray cluster answers there: {error}") from None
+            there = f"address: {self._address!r}: no Ray cluster answers there"
+            raise ConfigError(f"{there if self._address else 'engine: Ray does not start here'}: {error}") from None
         finally:
             os.environ.pop(_CLUSTER, None)
             if not self._started:
