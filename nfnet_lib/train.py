@@ -305,6 +305,8 @@ def _refuse_devices(config: RunConfig, devices: int) -> None:
 
 def _refuse_other(config: RunConfig, out_dir: Path) -> None:
     params = out_dir / PARAMS
+    if (out_dir / STOP).is_dir():
+        raise ConfigError(f"out_dir: {out_dir / STOP} is a folder; a file of this name asks a run to stop")
     if params.exists():
         try:
             before = json.loads(params.read_text())

@@ -83,7 +83,7 @@ FAULTS = {
             ),
         ),
         Fault(
-            "cells, a Ray worker, a study's own process are killed; ctrl-C in a study; a cell fails",
+            "cells, a Ray worker, a study's own process are killed; ctrl-C in a study, also while a run sets up; a cell fails",
             "done again or told, the rest goes on, nothing outlives the study, the same records",
             (
                 "test_engines.py::test_killed_failed_interrupted_and_resumed",

@@ -27,8 +27,8 @@ SMALL = {  # compiles in seconds; 20 steps
 LIMIT = 240  # seconds; collectives that wait for nobody would wait for ever
 
 
-def start(folder, params, *, devices=1, processes=1, last=None):
-    """Processes of one run in `folder`. last: parameters of the last of them that differ."""
+def start(folder, params, *, devices=1, processes=1, last=None, before=""):
+    """Processes of one run in `folder`. last: parameters of the last of them that differ. before: Python to run first."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     paths = [folder.with_suffix(".json")] * (processes - 1) + [folder.with_suffix(".last.json" if last else ".json")]
     for path, changes in ((paths[-1], last or {}), (folder.with_suffix(".json"), {})):
@@ -41,7 +41,8 @@ def start(folder, params, *, devices=1, processes=1, last=None):
     }  # fmt: skip
     started = []
     for number in range(processes):
-        command = [sys.executable, "-m", "nfnet_lib.train", str(paths[number]), "--out", str(folder)]
+        code = f"{before}\nimport runpy\nrunpy.run_module('nfnet_lib.train', run_name='__main__', alter_sys=True)"
+        command = [sys.executable, "-c", code, str(paths[number]), "--out", str(folder)]
         who = ["--coordinator", address, "--processes", str(processes), "--process-id", str(number)]
         log = folder.with_suffix(f".{number}.log").open("w")
         started.append(
