@@ -83,10 +83,11 @@ FAULTS = {
             ),
         ),
         Fault(
-            "cells, a Ray worker, a study's own process are killed; ctrl-C in a study, also while a run sets up; a cell fails",
+            "cells and a study's own process are killed; ctrl-C in a study, also while a run sets up; a cell fails (with Ray, "
+            "whose workers are killed as well: `make test`)",
             "done again or told, the rest goes on, nothing outlives the study, the same records",
             (
-                "test_engines.py::test_killed_failed_interrupted_and_resumed",
+                "test_engines.py::test_killed_failed_interrupted_and_resumed[local]",
                 "test_study.py::test_nothing_outlives_the_process_that_started_it",
             ),
         ),
@@ -518,7 +519,7 @@ class Outcomes:
 
     def of(self, fault: Fault) -> str:
         """What happened: all tests passed or some did not, and how long they took."""
-        outcomes = [self.found.get(test, (False, 0.0)) for test in fault.tests]
+        outcomes = [self.found.get(test.partition("[")[0], (False, 0.0)) for test in fault.tests]
         failed = [test for test, (passed, _) in zip(fault.tests, outcomes, strict=True) if not passed]
         return (f"FAILED: {', '.join(failed)}" if failed else "as it must") + f", {sum(s for _, s in outcomes):.0f} s"
 

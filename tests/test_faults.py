@@ -705,7 +705,7 @@ def test_every_fault_names_tests_that_exist_and_the_page_lists_it():
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
     }
-    assert not set(faults.all_tests()) - known
+    assert not {test.partition("[")[0] for test in faults.all_tests()} - known
     page = faults.TABLE.read_text()
     listed = page.partition(faults.BEGIN)[2].partition(faults.END)[0]
     assert re.sub(r"\| [^|]*\|$", "|", listed, flags=re.MULTILINE).split() == (
