@@ -96,20 +96,34 @@ class LocalEngine:
             self._pool.shutdown()
 
 
-# Of a driver that was killed Ray's agents live on. This waits until the driver is gone, then ends what its cluster left.
+# Of a driver that was killed Ray's agents live on. This waits until the driver is gone, then ends what its cluster left:
+# what has the mark in its environment, which Ray's agents may overwrite with their title, and what descends from such.
 _REAPER = """
 import os, sys, time
+
+def read(pid, name):
+    with open(f"/proc/{pid}/{name}", "rb") as file:
+        return file.read()
+
 sys.stdin.read()
 mark, idle = sys.argv[1].encode(), 0
 while idle < 2:
-    idle += 1
-    for pid in filter(str.isdigit, os.listdir("/proc")):
+    idle, parents, ours = idle + 1, {}, set()
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
         try:
-            with open(f"/proc/{pid}/environ", "rb") as file:
-                found = mark in file.read().split(bytes(1))
-            if found and int(pid) != os.getpid():
-                os.kill(int(pid), 9)
-                idle = 0
+            state, parent = read(pid, "stat").rpartition(b")")[2].split()[:2]
+            if state != b"Z":
+                parents[pid] = int(parent)
+            if mark in read(pid, "environ").split(bytes(1)):
+                ours.add(pid)
+        except OSError:
+            pass
+    while more := {pid for pid, parent in parents.items() if parent in ours} - ours:
+        ours |= more
+    for pid in (ours & parents.keys()) - {os.getpid()}:
+        try:
+            os.kill(pid, 9)
+            idle = 0
         except OSError:
             pass
     time.sleep(0.5)
