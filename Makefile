@@ -47,8 +47,8 @@ test: lint $(VENV)/.extra-ray $(VENV)/.extra-app $(if $(filter-out 0,$(PARITY)),
 faults: $(STAMP) $(VENV)/.extra-ray $(VENV)/.extra-app ## make every fault of docs/reliability.md, in its long form, and write what happened
 	$(BIN)/python tests/faults.py $(ARGS)
 
-audit: $(STAMP) $(VENV)/.extra-audit ## look up known vulnerabilities of the pinned versions
-	$(BIN)/python tests/audit.py
+audit: $(STAMP) $(VENV)/.extra-audit ## look up known vulnerabilities of the pinned versions (ARGS=all.zip: in a dump of OSV, without network)
+	$(BIN)/python tests/audit.py $(ARGS)
 
 lint: $(STAMP) ## check the code with ruff
 	$(BIN)/ruff check .

@@ -464,7 +464,7 @@ FAULTS = {
             (
                 "test_environment.py::test_constraints_are_versions_and_markers_only",
                 "test_environment.py::test_every_requirement_has_a_satisfying_pin",
-                *made("what_an_audit_says"),
+                *made("what_an_audit_says", "an_audit_without_network"),
             ),
         ),
         Fault(

@@ -728,3 +728,21 @@ def test_what_an_audit_says(dependencies, code, words, capsys):
     assert audit.verdict(dependencies) == code
     assert words in " ".join(capsys.readouterr())
     assert "tests/audit.py" in (PROJECT / "Makefile").read_text()
+
+
+@pytest.mark.parametrize("withdrawn,ecosystem,version,code", [
+    (False, "PyPI", "", 1), (True, "PyPI", "", 2), (False, "npm", "", 2), (False, "PyPI", "0.0.1", 0),
+])  # fmt: skip
+def test_an_audit_without_network(withdrawn, ecosystem, version, code, tmp_path, capsys, monkeypatch):
+    import zipfile
+
+    pinned = re.search(r"^typing-extensions==(\S+)", audit.CONSTRAINTS.read_text(), re.MULTILINE)[1]
+    package = {"name": "Typing_Extensions", "ecosystem": ecosystem}
+    affected = {"package": package, "versions": [version or pinned], "ranges": [{"events": [{"fixed": "99"}]}]}
+    advisory = {"id": "PYSEC-1", "affected": [affected]} | ({"withdrawn": "2026-01-01"} if withdrawn else {})
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        archive.writestr("PYSEC-1.json", json.dumps(advisory))
+    monkeypatch.setattr(sys, "argv", ["audit.py", str(tmp_path / "all.zip")])
+    assert audit.main() == code
+    said = " ".join(capsys.readouterr())
+    assert {0: "no known vulnerability", 1: f"{pinned}: PYSEC-1, fixed in 99", 2: "holds no advisory"}[code] in said
