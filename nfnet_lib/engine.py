@@ -97,7 +97,7 @@ class LocalEngine:
 
 
 # Of a driver that was killed Ray's agents live on. This waits until the driver is gone, then ends what its cluster left:
-# what has the mark in its environment, which Ray's agents may overwrite with their title, and what descends from such.
+# what has the mark in its environment.
 _REAPER = """
 import os, sys, time
 
@@ -108,22 +108,12 @@ def read(pid, name):
 sys.stdin.read()
 mark, idle = sys.argv[1].encode(), 0
 while idle < 2:
-    idle, parents, ours = idle + 1, {}, set()
-    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+    idle += 1
+    for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
-            state, parent = read(pid, "stat").rpartition(b")")[2].split()[:2]
-            if state != b"Z":
-                parents[pid] = int(parent)
-            if mark in read(pid, "environ").split(bytes(1)):
-                ours.add(pid)
-        except OSError:
-            pass
-    while more := {pid for pid, parent in parents.items() if parent in ours} - ours:
-        ours |= more
-    for pid in (ours & parents.keys()) - {os.getpid()}:
-        try:
-            os.kill(pid, 9)
-            idle = 0
+            if mark in read(pid, "environ").split(bytes(1)) and read(pid, "stat").rpartition(b")")[2].split()[0] != b"Z":
+                os.kill(int(pid), 9)
+                idle = 0
         except OSError:
             pass
     time.sleep(0.5)
@@ -171,6 +161,7 @@ class RayEngine:
             command = [sys.executable, "-c", _REAPER, f"{_CLUSTER}={name}"]
             self._reaper = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
             os.environ[_CLUSTER] = name
+            os.environ["SPT_NOENV"] = "1"  # or the titles of Ray's agents overwrite their environment, and the mark
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
             room = {
                 "num_cpus": self.workers * (self._cores or 1),
