@@ -80,7 +80,8 @@ class Explorer:
         )
         self.picture = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
         self.text = widgets.HTML()
-        chosen = widgets.HBox([self.variants, widgets.VBox([self.epochs, self.lr, self.budget])])
+        side_by_side = widgets.Layout(flex_flow="row wrap")  # below each other on a phone
+        chosen = widgets.HBox([self.variants, widgets.VBox([self.epochs, self.lr, self.budget])], layout=side_by_side)
         self._pair = widgets.VBox([self.first, self.second])
         self.widget = widgets.VBox([self.view, chosen, self._pair, self.picture, self.text])
         for control in (self.view, self.variants, self.epochs, self.lr, self.budget, self.first, self.second):

@@ -82,7 +82,7 @@ def test_killed_failed_interrupted_and_resumed(name, smallest_study, tmp_path):
     everyone = psutil.Process(process.pid).children(recursive=True)
     assert process.wait() == 1
     log = out.with_suffix(".log").read_text()
-    assert "F0-mini_ep2: FAILED: " in log and "F0-mini_ep1: held-out loss" in log
+    assert "Ti-4-mini_ep2: FAILED: " in log and "Ti-4-mini_ep1: held-out loss" in log
     (failure,) = out.glob("*_tuned_*/failure.json")
     assert "FileExistsError" in failure.read_text() and "ep2" in failure.parent.name
     assert (failure.parent / "run.partial.ipynb").exists() and not (failure.parent / "run.ipynb").exists()
@@ -134,8 +134,8 @@ def test_engines_that_are_not():
 
 def test_only_one_cell_and_slices_need_ray(smallest_study, tmp_path, capsys):
     path, _ = smallest_study
-    assert main(["study", str(path), "--out", str(tmp_path / "a"), "--only", "F0-mini_ep3"]) == 2
-    assert "known: F0-mini_ep2, F0-mini_ep1" in capsys.readouterr().err
+    assert main(["study", str(path), "--out", str(tmp_path / "a"), "--only", "Ti-4-mini_ep3"]) == 2
+    assert "known: Ti-4-mini_ep2, Ti-4-mini_ep1" in capsys.readouterr().err
     assert main(["study", str(path), "--out", str(tmp_path / "a"), "-p", "tpu_slice=v4:2x2x2"]) == 2
     assert "set apart by engine='ray'" in capsys.readouterr().err
     assert not (tmp_path / "a").exists()

@@ -97,7 +97,7 @@ def test_a_study_runs_skips_and_refuses_another(smallest_study, tmp_path, capsys
 def test_a_study_killed_at_random_ends_with_the_same_records(smallest_study, tmp_path):
     path, undisturbed = smallest_study
     shutil.copytree(undisturbed / ".cache", tmp_path / "killed" / ".cache")
-    kill_study.kill_at_random(path, tmp_path / "killed", kills=2, longest=40, seed=1)
+    kill_study.kill_at_random(path, tmp_path / "killed", kills=2, longest=25, seed=1)
     kill_study.finish(path, tmp_path / "killed")
     expected = kill_study.records(undisturbed)
     assert len(expected) == 8 and not kill_study.differences(expected, kill_study.records(tmp_path / "killed"))
