@@ -110,8 +110,9 @@ def test_embeddings_as_a_last_stage(folders, tmp_path):
     from nfnet_lib.train import run
 
     config = PretrainConfig(
-        examples_per_epoch=32, heldout_examples=16, batch_size=16, resolution=16, eval_resolution=16, num_classes=4
-    )
+        variant="Ti/4-mini", optimizer="adamw", peak_lr=0.002, num_classes=4, examples_per_epoch=32, heldout_examples=16,
+        batch_size=16, resolution=16, eval_resolution=16,
+    )  # fmt: skip
     run(config, tmp_path / "run", progress=False)
     few = tmp_path / "few"
     few.mkdir()

@@ -227,10 +227,10 @@ def test_noise_only_in_training_and_from_the_key():
     params, images = rule_params(model), jax.random.normal(jax.random.key(1), (4, 32, 32, 3))
     plain = jitted(models.create("F0-mini", 5))(params, images)
     np.testing.assert_array_equal(jitted(model)(params, images), plain)
-    noisy = jax.jit(functools.partial(model.apply, params, images, train=True))
-    once = noisy(key=jax.random.key(2))
-    np.testing.assert_array_equal(once, noisy(key=jax.random.key(2)))
-    assert not np.allclose(once, noisy(key=jax.random.key(3)))
+    noisy = jax.jit(functools.partial(model.apply, train=True))
+    once = noisy(params, images, key=jax.random.key(2))
+    np.testing.assert_array_equal(once, noisy(params, images, key=jax.random.key(2)))
+    assert not np.allclose(once, noisy(params, images, key=jax.random.key(3)))
     with pytest.raises(ValueError, match="key"):
         model.apply(params, images, train=True)
 

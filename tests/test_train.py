@@ -1,5 +1,6 @@
 """The loop: records, resume to the last digit, fine-tuning hand-over, refusals that write nothing."""
 
+import functools
 import json
 import math
 import os
@@ -72,12 +73,13 @@ def test_saved_parameters_give_the_recorded_loss(finished):
 
     model, params = models.create("F0-mini", 8), load_params(out_dir)
     batches = eval_batches(load_sources(config)[1], batch_size=7, resolution=16)
-    totals = [eval_step(params, jax.device_put(batch.examples), model=model) for batch in batches]
+    step = jax.jit(functools.partial(eval_step, model=model))
+    totals = [step(params, jax.device_put(batch.examples)) for batch in batches]
     loss = sum(float(t["loss"]) for t in totals) / sum(float(t["examples"]) for t in totals)
     assert loss == pytest.approx(summary["heldout_loss"], rel=1e-4)
     images, labels = load_sources(config)[1].batch(np.arange(30))
     views = eval_views(images, 16, default_margin(16))
-    logits = np.asarray(model.apply(params, normalise(jax.numpy.asarray(views))), np.float64)
+    logits = np.asarray(jax.jit(model.apply)(params, normalise(jax.numpy.asarray(views))), np.float64)
     probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     top, hits = probabilities.max(1), probabilities.argmax(1) == labels
     bins = [np.minimum(np.floor(top * 15), 14) == b for b in range(15)]

@@ -95,8 +95,8 @@ def checkpoint(path, name, *, pool="gap", position="learned", size=32, classes=1
     oracle = LinenViT(get_variant(name), classes, pool, position)
     images = jax.random.normal(jax.random.key(seed), (2, size, size, 3))
     params = oracle.init(jax.random.key(seed + 1), images)["params"]
-    noise = iter(jax.random.split(jax.random.key(seed + 2), 1000))
-    params = jax.tree.map(lambda p: p + 0.02 * jax.random.normal(next(noise), p.shape), params)  # biases are not 0
+    rng = np.random.default_rng(seed + 2)
+    params = jax.tree.map(lambda p: p + 0.02 * rng.standard_normal(p.shape, np.float32), params)  # biases are not 0
     flat = {prefix + k: np.asarray(v) for k, v in traverse_util.flatten_dict(params, sep="/").items()}
     np.savez(path, **(edit(flat) if edit else flat))
     with jax.default_matmul_precision("highest"):
