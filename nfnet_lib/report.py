@@ -285,9 +285,10 @@ def _markdown(table: "pd.DataFrame") -> str:
 
 
 def publish(study_dir: str | Path, target: Path = PUBLISHED) -> Path:
-    """Replace `target` by a finished study's results.csv, study.json, figures, report and provenance.json.
+    """Put a finished study's results.csv, study.json, figures, report and provenance.json into `target`, for any there.
 
-    RecordError unless all its runs were made from one commit without local changes, and its report is there.
+    What else lies in `target` stays. RecordError unless all the study's runs were made from one commit without local
+    changes, and its report is there.
     """
     study_dir = Path(study_dir)
     records = collect(study_dir)
@@ -310,6 +311,8 @@ def publish(study_dir: str | Path, target: Path = PUBLISHED) -> Path:
             "first_run_started_at": records["started_at"].min(), "last_run_finished_at": records["finished_at"].max(),
         })  # fmt: skip
         if target.exists():
+            for other in [entry for entry in target.iterdir() if not (fresh / entry.name).exists()]:
+                (shutil.copytree if other.is_dir() else shutil.copy)(other, fresh / other.name)
             target.rename(Path(temporary) / "old")
         fresh.rename(target)
     return target

@@ -97,8 +97,12 @@ def test_only_a_whole_study_of_one_clean_commit_is_published(tmp_path):
         (folder / name).mkdir()
     for name in ("results.csv", "study.json", "report/index.html"):
         (folder / name).write_text(name)
-    for _ in range(2):  # the second time over the first
-        assert publish(folder, target) == target
+    assert publish(folder, target) == target
+    (target / "gpu").mkdir()
+    for name in ("gpu/results.csv", "report/old.html"):
+        (target / name).write_text("of an earlier study")
+    assert publish(folder, target) == target
+    assert (target / "gpu" / "results.csv").exists() and not (target / "report" / "old.html").exists()
     assert (target / "report" / "index.html").read_text() == "report/index.html"
     assert json.loads((target / "provenance.json").read_text())["git_commit"] == "1" * 40
     assert sorted(path.name for path in tmp_path.iterdir()) == ["published", "study"]
