@@ -72,7 +72,7 @@ def test_logits_equal_timm_s(timm, tmp_path, name):
     save_timm(params, name, tmp_path / "w.pth")
     variant, again = load_timm(tmp_path / "w.pth")
     assert variant == name
-    assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), params, again))
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, again))
     theirs = as_timm(timm, name, tmp_path / "w.pth")
     apply = jax.jit(models.create(variant).apply)
     for resolution in (64, 96):
