@@ -8,6 +8,7 @@ folder, which all machines share: an engine that dies loses no finished work, an
 import contextlib
 import fcntl
 import functools
+import math
 import os
 import secrets
 import socket
@@ -29,9 +30,10 @@ ENGINES = ("local", "ray")
 
 @runtime_checkable
 class Engine(Protocol):
-    """workers: calls at a time, as far as this process knows. Used by one thread."""
+    """workers: calls at a time, as far as this process knows. at_once: calls to give it at a time. Used by one thread."""
 
     workers: int
+    at_once: float
 
     def submit(self, function: Callable, *arguments: Any, **options: Any) -> Future:
         """Call `function(*arguments, **options, cores=...)` somewhere, as soon as there is room."""
@@ -85,6 +87,7 @@ class LocalEngine:
 
     def __init__(self, workers: int, cores_per_run: int, memory_per_run_gb: float | int):
         self.workers, self._cores = room_for(workers, cores_per_run, memory_per_run_gb), cores_per_run
+        self.at_once = self.workers
         self._pool = ThreadPoolExecutor(self.workers, "cell")
 
     def submit(self, function: Callable, *arguments: Any, **options: Any) -> Future:
@@ -135,6 +138,7 @@ class RayEngine:
         gpus_per_run: float | int = 0, retries: int = 0,
     ):  # fmt: skip
         self.workers, self._cores = room_for(workers, cores_per_run, memory_per_run_gb), cores_per_run
+        self.at_once = math.inf  # a cluster grows by what waits
         self._address, self._retries, self._started = address, retries, False
         self._reaper: subprocess.Popen | None = None
         self._options = {

@@ -38,22 +38,24 @@ class Step(NamedTuple):
 def run_graph(
     steps: list[Step], engine: Engine, say: Callable[[str], None], progress: Callable[[], Any]
 ) -> dict[str, str]:
-    """Run every step when those that it needs have ended; {name: error} of those that failed."""
-    waiting, running, failures = {step.name: step for step in steps}, {}, {}
+    """Run every step when those that it needs have ended; {name: error} of those that failed.
+
+    Of several that can run the engine gets those first that stand first in `steps`.
+    """
+    waiting, ready, running, failures = {step.name: step for step in steps}, {}, {}, {}
 
     def ended(name: str, text: str) -> None:
         if text:
             say(text)
         progress()
 
-    while waiting or running:
-        busy = set(waiting) | {step.name for step, _ in running.values()}
+    while waiting or ready or running:
+        busy = set(waiting) | set(ready) | {step.name for step, _ in running.values()}
         for step in [step for step in waiting.values() if busy.isdisjoint(step.needs)]:
             del waiting[step.name]
             made = step.make()
             if isinstance(made, Work):
-                future = engine.submit(made.function, *made.arguments, **made.options)
-                running[future] = (step, time.monotonic())
+                ready[step.name] = (step, made)
                 continue
             if isinstance(made, str):
                 failures[step.name] = made
@@ -61,6 +63,11 @@ def run_graph(
                 step.name,
                 f"{step.name}: {made}" if isinstance(made, str) else step.told(made.result, None) if made else "",
             )
+        for name in [step.name for step in steps if step.name in ready]:
+            if len(running) >= engine.at_once:
+                break
+            step, work = ready.pop(name)
+            running[engine.submit(work.function, *work.arguments, **work.options)] = (step, time.monotonic())
         for future in first_ended(running) if running else ():
             step, started = running.pop(future)
             try:

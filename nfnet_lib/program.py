@@ -24,6 +24,8 @@ from nfnet_lib.sources import Source, original_id
 from nfnet_lib.step import Schedule, TrainState, eval_step, init_state, train_step
 
 EVAL_BATCH = 128
+# LLVM's higher levels take a fifth longer to compile steps that are no faster (LOG.md).
+_CPU_OPTIONS = {"xla_backend_optimization_level": 1}
 
 # What a compiled program depends on; everything else of a config is data to it.
 PROGRAM_PARAMETERS = (
@@ -146,7 +148,8 @@ def programs(values: tuple, settings: tuple, num_classes: int, labels: tuple[int
 
 def _compiled(function, *arguments) -> jax.stages.Compiled:
     """Compiled ahead of time. glibc keeps the gigabytes that the compiler frees (LOG.md): hand them back."""
-    program = function.lower(*arguments).compile()
+    options = _CPU_OPTIONS if jax.default_backend() == "cpu" else None
+    program = function.lower(*arguments).compile(compiler_options=options)
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     return program

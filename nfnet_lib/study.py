@@ -94,11 +94,11 @@ def _graph(study: StudyConfig, study_dir: Path) -> list[Step]:
             steps.append(_search_step(study, study_dir, cell, needs))
             of_cell[cell] = (cell.name,)
     tuned = _finetuning_steps(study, study_dir, of_cell)
-    steps += tuned
     if study.comparison_seeds and (compared := [step for step in tuned if step.name.endswith("_ra1")]):
-        steps.append(
-            _comparison_step(study, study_dir, compared[0].name, [c for c in cells if c.variant == study.variants[0]])
-        )
+        origins = [cell for cell in cells if cell.variant == study.variants[0]]
+        comparison = _comparison_step(study, study_dir, compared[0].name, origins)
+        tuned = [compared[0], comparison, *(step for step in tuned if step is not compared[0])]  # the longest chain first
+    steps += tuned
     runs = tuple(step.name for step in steps)
 
     def table() -> None:
@@ -149,13 +149,17 @@ def _rate_step(study: StudyConfig, study_dir: Path, cell: PretrainCell, config: 
 
 
 def _finetuning_steps(study: StudyConfig, study_dir: Path, of_cell: dict[PretrainCell, tuple[str, ...]]) -> list[Step]:
-    """A step for each fine-tuning run: of the best pre-training run, by held-out loss, of each variant, or of each cell."""
+    """A step for each fine-tuning run: of the best pre-training run, by held-out loss, of each variant, or of each cell.
+
+    The first variant's first, then by size; runs that share a compiled program far apart, so that only one has to compile it.
+    """
+    variants = dict.fromkeys([study.variants[0], *(cell.variant for cell in of_cell)])
     steps = []
-    for variant in study.variants if study.finetune is not None else ():
-        for budget in study.epoch_budgets if study.finetune_cells == "all" else [None]:
-            origins = [c for c in of_cell if c.variant == variant and budget in (None, c.epoch_budget)]
-            needs = tuple(name for cell in origins for name in of_cell[cell])
-            for augmult in study.finetune_augmults:
+    for augmult in study.finetune_augmults if study.finetune is not None else ():
+        for variant in variants:
+            for budget in study.epoch_budgets if study.finetune_cells == "all" else [None]:
+                origins = [c for c in of_cell if c.variant == variant and budget in (None, c.epoch_budget)]
+                needs = tuple(name for cell in origins for name in of_cell[cell])
                 name = f"finetune_{variant.replace('/', '-')}{'' if budget is None else f'_ep{budget:g}'}_ra{augmult}"
 
                 def make(origins=origins, variant=variant, augmult=augmult) -> Work | Done | str:

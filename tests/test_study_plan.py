@@ -1,5 +1,6 @@
 """What a study is going to run: its cells, their searches, dry runs, overrides; and its graph, run by a test engine."""
 
+import threading
 from concurrent.futures import Future
 
 import pandas as pd
@@ -115,7 +116,7 @@ def test_overrides_that_can_not_be(path, tmp_path, capsys, override, words):
 class Recording:
     """An engine that runs nothing: every call ends at once with what `outcome` says of its cell."""
 
-    workers = 1
+    workers = at_once = 1
 
     def __init__(self, outcome):
         self.outcome, self.calls = outcome, []
@@ -161,6 +162,48 @@ def test_the_graph_of_a_study(path, tmp_path):
     graph.run_graph(study._graph(named, folder), again, said.append, lambda: None)
     assert {arguments[0].variant for _, arguments, _ in again.calls} == {"F1-mini"}, "what is done never meets the engine"
     assert any("skipped: already done" in line for line in said)
+
+
+def test_the_longest_chain_goes_first_and_no_program_is_compiled_twice_at_once(path, tmp_path):
+    """One call at a time: the run that the comparison needs, the comparison, then a run of every program, then the others."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    finetune = {"dataset": "digits", "image_size": 24, "resolution": 24, "eval_resolution": 24, "batch_size": 16,
+                "examples_per_epoch": 64, "heldout_examples": 16}  # fmt: skip
+    changes = {"finetune": finetune, "finetune_augmults": [1, 4], "comparison_seeds": 1, "notebooks": [],
+               "variants": ["F0-mini", "F1-mini"]}  # fmt: skip
+    named = StudyConfig.from_file(path, changes)
+
+    def outcome(config, *_, lr_grid=(), **__):
+        if getattr(config, "kind", "") == "pretrain":
+            planted(folder, config, list(lr_grid), 0.05)
+        return {"heldout_loss": 1.0, "config": {"peak_lr": 0.05}}
+
+    engine = Recording(outcome)
+    assert graph.run_graph(study._graph(named, folder), engine, lambda _: None, lambda: None) == {}
+    order = [
+        "comparison" if name == "execute" else f"{arguments[0].variant} {arguments[0].augmult}"
+        for name, arguments, _ in engine.calls[4:]
+    ]
+    assert order == ["F0-mini 1", "comparison", "F1-mini 1", "F0-mini 4", "F1-mini 4"]
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 5])
+def test_an_engine_has_no_more_calls_at_a_time_than_it_wants(at_once):
+    engine, running, most = Recording(None), [], []
+    engine.at_once = at_once
+
+    def submit(function, number):
+        running.append(number)
+        most.append(len(running))
+        future: Future = Future()
+        threading.Timer(0.02, lambda: (running.remove(number), future.set_result(number))).start()
+        return future
+
+    engine.submit = submit
+    steps = [graph.Step(str(i), (), lambda i=i: graph.Work(None, (i,), {}), lambda *_: "") for i in range(12)]
+    graph.run_graph(steps, engine, lambda _: None, lambda: None)
+    assert max(most) == at_once
 
 
 def test_slices_and_platforms_reach_the_engine(path, tmp_path):
