@@ -17,8 +17,9 @@ from typing import Any
 from nfnet_lib import PROJECT, tuning
 from nfnet_lib.cell import INTERACTIVE, CellFailed, CellStopped, cell_dir
 from nfnet_lib.config import ConfigError, RunConfig, config_from_params
+from nfnet_lib.files import write_json
 from nfnet_lib.locks import exclusive, holder
-from nfnet_lib.records import METRICS, STOP, read_metrics, run_folders, write_json
+from nfnet_lib.records import METRICS, STOP, read_metrics, run_folders
 from nfnet_lib.status import counts, shown, status_table
 
 _FOLDER = ".background"  # in a cell's folder: what was asked for, the log, and the lock of the process at work

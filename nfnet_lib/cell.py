@@ -22,7 +22,8 @@ from typing import Any
 
 from nfnet_lib import PROJECT
 from nfnet_lib.config import RunConfig
-from nfnet_lib.records import FAILURE, STOP, write_json
+from nfnet_lib.files import write_json
+from nfnet_lib.records import FAILURE, STOP
 from nfnet_lib.tuning import tuned_already
 
 NOTEBOOKS = PROJECT / "notebooks"

@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 
 from nfnet_lib.config import ConfigError, RunConfig
+from nfnet_lib.files import write_bytes
 from nfnet_lib.loader import BadExample, Batch, LoaderError, train_batches
-from nfnet_lib.records import RecordError, write_bytes
+from nfnet_lib.records import RecordError
 from nfnet_lib.sampler import ExactlyOnceSampler
 from nfnet_lib.sources import Source, Subset, load_source
 

@@ -33,7 +33,7 @@ from PIL import Image
 from nfnet_lib.config import ConfigError
 from nfnet_lib.decode import decode_image
 from nfnet_lib.encoded import IMAGE_SUFFIXES, image_files
-from nfnet_lib.records import write_bytes
+from nfnet_lib.files import write_bytes
 from nfnet_lib.sources import SPLITS, Source, load_source
 
 MAX_RADIUS = 16

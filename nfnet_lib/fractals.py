@@ -250,7 +250,7 @@ def _paint(
 
 
 def _rgb(
-    hue: Float[np.ndarray, "n k"], saturation: Float[np.ndarray, "n #k"], value: Float[np.ndarray, "n k"]
+    hue: Float[np.ndarray, "n k"], saturation: Float[np.ndarray, " n #k"], value: Float[np.ndarray, "n k"]
 ) -> Float[np.ndarray, "n k 3"]:
     """HSV to RGB, all in [0, 1]; hue in turns, of any size."""
     sector = (6 * hue[..., None] + np.array([5, 3, 1], np.float32)) % 6

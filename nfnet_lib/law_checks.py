@@ -19,7 +19,7 @@ FALSE_ALARM = 0.01  # chance of calling any point of a sound study an outlier
 Points = Mapping[str, Any]
 
 
-def leave_one_out(form: str, points: Points) -> Float[np.ndarray, "N"]:
+def leave_one_out(form: str, points: Points) -> Float[np.ndarray, " N"]:
     """log(predicted) - log(loss) of each point by the law that is fitted to all others."""
     everyone = np.arange(len(points["loss"]))
     return np.array([_error(form, points, everyone == index)[0] for index in everyone])
@@ -47,7 +47,7 @@ def extrapolation_error(form: str, points: Points, by: str = "compute") -> "pd.D
     return pd.DataFrame(rows)
 
 
-def outliers(form: str, points: Points) -> Bool[np.ndarray, "N"]:
+def outliers(form: str, points: Points) -> Bool[np.ndarray, " N"]:
     """Points whose deleted residual, studentised by leverage and median absolute deviation, is too large for FALSE_ALARM.
 
     Bonferroni's limit of Student's t for as many points (Cook and Weisberg 1982, section 2.2).
@@ -62,7 +62,7 @@ def outliers(form: str, points: Points) -> Bool[np.ndarray, "N"]:
     return np.abs(centred) > limit * 1.4826 * np.median(np.abs(centred))
 
 
-def next_cell(fit: LawFit, candidates: Points, target: Mapping[str, float]) -> Float[np.ndarray, "N"]:
+def next_cell(fit: LawFit, candidates: Points, target: Mapping[str, float]) -> Float[np.ndarray, " N"]:
     """By how much (0 to 1) each candidate run would narrow the law's uncertainty at `target`: the share of its variance there
     that an observation with the fit's own scatter would explain, by the covariance of the bootstrap's draws.
 
@@ -101,7 +101,7 @@ def growth_exponents(fit: LawFit) -> dict[str, tuple[float, float, float]]:
 
 
 def isoflop_optimum(
-    size: Float[np.ndarray, "N"], loss: Float[np.ndarray, "N"]
+    size: Float[np.ndarray, " N"], loss: Float[np.ndarray, " N"]
 ) -> float:
     """Size at the vertex of the parabola of loss in log(size), of runs of equal compute (arXiv 2203.15556, approach 2).
 
@@ -116,7 +116,7 @@ def isoflop_optimum(
     return float(np.exp(x.mean() - slope / (2 * curvature)))
 
 
-def isoflop_bias(fit: LawFit, size: Float[np.ndarray, "N"], compute: float, flops_per_unit: float) -> float:
+def isoflop_bias(fit: LawFit, size: Float[np.ndarray, " N"], compute: float, flops_per_unit: float) -> float:
     """What the parabola makes of this `surface` law without any noise: its optimal size over the true one, at these sizes.
 
     Not 1 where the grid is wide or off-centre, or alpha differs from beta (arXiv 2603.22339): divide by it, or fit the surface.

@@ -66,8 +66,8 @@ class LawFit(NamedTuple):
     form: Form
     parameters: dict[str, float]
     draws: Float[np.ndarray, "R P"]
-    residuals: Float[np.ndarray, "N"]
-    leverage: Float[np.ndarray, "N"]
+    residuals: Float[np.ndarray, " N"]
+    leverage: Float[np.ndarray, " N"]
     r_squared: float
     ranges: dict[str, tuple[float, float]]
     loss_range: tuple[float, float]
@@ -127,7 +127,7 @@ class LawFit(NamedTuple):
 
 
 def fit_law(
-    form: str, loss: Float[np.ndarray, "N"], groups: Sequence | np.ndarray | None = None, *, resamples: int = 0, seed: int = 0,
+    form: str, loss: Float[np.ndarray, " N"], groups: Sequence | np.ndarray | None = None, *, resamples: int = 0, seed: int = 0,
     delta: float | None = None, **inputs: np.ndarray,
 ) -> LawFit:  # fmt: skip
     """Fit the law called `form`; inputs by name, `compute` or `size` and `data`.

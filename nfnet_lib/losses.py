@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 def softmax_cross_entropy(
     logits: Float[Array, "B K"],
-    labels: Int[Array, "B *L"],
+    labels: Int[Array, " B *L"],
     label_smoothing: float | int = 0.0,
     label_weights: Float[Array, "B L"] | None = None,
 ) -> Float[Array, " B"]:
@@ -21,7 +21,7 @@ def softmax_cross_entropy(
 
 
 def sigmoid_cross_entropy(
-    logits: Float[Array, "B K"], labels: Int[Array, "B *L"], label_weights: Float[Array, "B L"] | None = None
+    logits: Float[Array, "B K"], labels: Int[Array, " B *L"], label_weights: Float[Array, "B L"] | None = None
 ) -> Float[Array, " B"]:
     """Sum over all K classes of the binary loss of each, in nats (big_vision's sigmoid_xent).
 
@@ -40,7 +40,7 @@ def _weighted(scores, labels, label_weights):
 
 
 def in_top(
-    logits: Float[Array, "B K"], labels: Int[Array, "B *L"], k: int, label_weights: Float[Array, "B L"] | None = None
+    logits: Float[Array, "B K"], labels: Int[Array, " B *L"], k: int, label_weights: Float[Array, "B L"] | None = None
 ) -> Bool[Array, " B"]:
     """Whether fewer than k classes score at least as high as the label's; a tie counts against the model.
 

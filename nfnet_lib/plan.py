@@ -20,9 +20,9 @@ from jax.sharding import Mesh
 from nfnet_lib import models
 from nfnet_lib.config import ConfigError
 from nfnet_lib.convolution import for_backend
+from nfnet_lib.files import write_json
 from nfnet_lib.loader import Examples
 from nfnet_lib.optim import make_adamw, make_optimizer
-from nfnet_lib.records import write_json
 from nfnet_lib.sharding import batch_sharding, make_mesh, replicated, state_shardings
 from nfnet_lib.step import Schedule, init_state, train_step
 from nfnet_lib.tpus import parse_topology

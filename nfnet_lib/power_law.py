@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def frontier(compute: Float[np.ndarray, "N"], loss: Float[np.ndarray, "N"]) -> Bool[np.ndarray, "N"]:
+def frontier(compute: Float[np.ndarray, " N"], loss: Float[np.ndarray, " N"]) -> Bool[np.ndarray, " N"]:
     """Which points are compute-optimal: no other point reaches a loss as low with as little compute.
 
     Of exactly equal points the first counts. Points that are not finite are never on the frontier.
@@ -98,7 +98,7 @@ def _r_squared(log_loss: np.ndarray, residuals: np.ndarray) -> float:
     return float(1 - np.sum(residuals**2) / total) if total > 1e-20 else float("nan")
 
 
-def fit_power_law(compute: Float[np.ndarray, "N"], loss: Float[np.ndarray, "N"]) -> PowerLaw:
+def fit_power_law(compute: Float[np.ndarray, " N"], loss: Float[np.ndarray, " N"]) -> PowerLaw:
     """Straight line on log-log axes by least squares. Raises ValueError below 2 points of different compute."""
     compute, loss = _points(compute, loss, least=2)
     log_c, log_l = np.log(compute), np.log(loss)
@@ -108,7 +108,7 @@ def fit_power_law(compute: Float[np.ndarray, "N"], loss: Float[np.ndarray, "N"])
     return PowerLaw(float(np.exp(intercept)), float(exponent), r_squared, len(compute), *ranges)
 
 
-def fit_power_law_with_floor(compute: Float[np.ndarray, "N"], loss: Float[np.ndarray, "N"]) -> PowerLaw:
+def fit_power_law_with_floor(compute: Float[np.ndarray, " N"], loss: Float[np.ndarray, " N"]) -> PowerLaw:
     """loss = floor + coefficient * compute ** -exponent with floor >= 0, exponent >= 0, least squares on log(loss).
 
     Multi-start; the floor's interval comes from refitting the other two parameters at each of a grid of floors. With

@@ -23,7 +23,7 @@ import numpy as np
 
 from nfnet_lib import models
 from nfnet_lib.config import ConfigError
-from nfnet_lib.records import write_bytes
+from nfnet_lib.files import write_bytes
 from nfnet_lib.variants import BOTTLENECK_RULES, VARIANTS, LoadedVariant, Variant, get_variant
 
 

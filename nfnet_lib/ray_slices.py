@@ -18,7 +18,7 @@ from typing import Any
 from nfnet_lib import PROJECT
 from nfnet_lib.cell import CellFailed, CellStopped
 from nfnet_lib.config import ConfigError, RunConfig
-from nfnet_lib.records import write_json
+from nfnet_lib.files import write_json
 from nfnet_lib.tuning import missing_run
 
 DIVERGED, STOPPED = 3, 75  # exit codes of train.main

@@ -8,11 +8,12 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from nfnet_lib.files import to_json, write_bytes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,61 +43,9 @@ class RecordError(ValueError):
 
 def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
     """`record` as JSON values, with the digest of all that it says: a flipped digit is as valid as the right one."""
-    values = json.loads(json.dumps({key: record[key] for key in record if key != "digest"}, default=_to_json))
+    values = json.loads(json.dumps({key: record[key] for key in record if key != "digest"}, default=to_json))
     content = json.dumps(values, sort_keys=True).encode()
     return values | {"digest": hashlib.blake2b(content, digest_size=8).hexdigest()}
-
-
-def write_json(path: str | os.PathLike, obj: Any) -> None:
-    """Write `obj` as JSON such that `path` holds either its old content or all of the new, whatever kills the process.
-
-    NumPy scalars and arrays and paths are converted. Raises ValueError for NaN or infinity (not JSON) or unknown types,
-    before anything is written.
-    """
-    try:
-        text = json.dumps(obj, indent=2, allow_nan=False, default=_to_json) + "\n"
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be written as JSON: {error}") from error
-    _replace(Path(path), text)
-
-
-def write_bytes(path: str | os.PathLike, content: bytes, *, overwrite: bool = False) -> None:
-    """Write a file whole or not at all. FileExistsError if it is there and not empty, unless `overwrite`."""
-    path = Path(path)
-    if not overwrite and path.exists() and path.stat().st_size:
-        raise FileExistsError(f"{path} exists; pass overwrite=True to replace it")
-    _replace(path, content)
-
-
-def _to_json(value: Any) -> Any:
-    if hasattr(value, "tolist"):  # numpy scalars and arrays
-        return value.tolist()
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    raise TypeError(f"{type(value).__name__} is no JSON type")
-
-
-def _replace(path: Path, content: str | bytes) -> None:
-    """Write `content` to a temporary file beside `path`, force it to disk, and rename it over `path`."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files private; a record should be as readable as others
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # the rename itself must survive a power cut, too
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 class MetricsWriter:
@@ -126,7 +75,7 @@ class MetricsWriter:
         if digest not in (None, self.digest):
             raise RecordError(f"{self.path} lacks or has changed lines that the checkpoint knows; remove the checkpoints, too,"
                               " to begin the run again")  # fmt: skip
-        _replace(self.path, "".join(f"{line}\n" for line in kept))
+        write_bytes(self.path, "".join(f"{line}\n" for line in kept).encode(), overwrite=True)
         self.last_step = last_step
         self._file = self.path.open("a", encoding="utf-8", newline="\n")
 
@@ -135,7 +84,7 @@ class MetricsWriter:
         if step <= self.last_step:
             raise ValueError(f"step={step} must exceed the last step written to {self.path}, {self.last_step}")
         record = {"step": int(step)} | {name: _finite(value) for name, value in metrics.items()}
-        line = json.dumps(record, allow_nan=False, default=_to_json) + "\n"
+        line = json.dumps(record, allow_nan=False, default=to_json) + "\n"
         self._hash.update(line.encode())
         self._file.write(line)
         self._file.flush()  # a reader that follows the file sees every step at once
@@ -326,7 +275,7 @@ def collect(path: str | os.PathLike, damaged: str = "raise") -> "pd.DataFrame":
 
 def results_csv(df: "pd.DataFrame", path: str | os.PathLike) -> None:
     """Write a table as CSV (UTF-8, LF, exact floats, empty for missing), atomically; equal tables, equal bytes."""
-    _replace(Path(path), df.to_csv(index=False, lineterminator="\n"))
+    write_bytes(path, df.to_csv(index=False, lineterminator="\n").encode(), overwrite=True)
 
 
 def scale(runs: "pd.DataFrame | Mapping[str, Any]") -> str:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nfnet_lib import PROJECT, paper
+from nfnet_lib.files import write_json
 from nfnet_lib.locks import exclusive
-from nfnet_lib.records import FAILURE, RecordError, collect, scale, write_json
+from nfnet_lib.records import FAILURE, RecordError, collect, scale
 from nfnet_lib.report_pages import finish_site, write_source
 from nfnet_lib.status import failure_message
 

@@ -18,10 +18,11 @@ from typing import Any
 from nfnet_lib.cell import NOTEBOOKS, execute, finished, project_relative, run_cell
 from nfnet_lib.config import ConfigError, FinetuneConfig, PretrainConfig, RunConfig, StudyConfig
 from nfnet_lib.engine import Engine, make_engine
+from nfnet_lib.files import write_json
 from nfnet_lib.graph import Done, Step, Work, run_graph
 from nfnet_lib.locks import exclusive
-from nfnet_lib.records import STOP, collect, results_csv, write_json
-from nfnet_lib.study_grid import PretrainCell, pretrain_cells, search_of
+from nfnet_lib.records import STOP, collect, results_csv
+from nfnet_lib.study_grid import PretrainCell, pretrain_cells, search_of, smaller_cells
 from nfnet_lib.tuning import known_loss
 
 GRACE_SECONDS = 60  # that interrupted runs get for a last checkpoint
@@ -90,7 +91,7 @@ def _graph(study: StudyConfig, study_dir: Path) -> list[Step]:
             steps += [_rate_step(study, study_dir, cell, config) for config in runs]
             of_cell[cell] = tuple(step.name for step in steps[-len(runs) :])
         else:
-            needs = tuple(other.name for other in _smaller(study, cell)) if study.lr_search == "two_trials" else ()
+            needs = tuple(other.name for other in smaller_cells(study, cell)) if study.lr_search == "two_trials" else ()
             steps.append(_search_step(study, study_dir, cell, needs))
             of_cell[cell] = (cell.name,)
     tuned = _finetuning_steps(study, study_dir, of_cell)
@@ -99,7 +100,7 @@ def _graph(study: StudyConfig, study_dir: Path) -> list[Step]:
         comparison = _comparison_step(study, study_dir, compared[0].name, origins)
         tuned = [compared[0], comparison, *(step for step in tuned if step is not compared[0])]  # the longest chain first
     steps += tuned
-    runs = tuple(step.name for step in steps)
+    pretraining, runs = tuple(name for names in of_cell.values() for name in names), tuple(step.name for step in steps)
 
     def table() -> None:
         results_csv(collect(study_dir), study_dir / "results.csv")
@@ -108,7 +109,7 @@ def _graph(study: StudyConfig, study_dir: Path) -> list[Step]:
     return steps + [
         Step(
             name,
-            ("results.csv",),
+            pretraining if name == "01_architecture" else ("results.csv",),  # it shows the best pre-training run
             functools.partial(_notebook, study, study_dir, name, _shown(study, study_dir, name), "cpu"),
             _executed(name),
         )

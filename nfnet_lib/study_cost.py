@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from nfnet_lib.calibration import plan_table, rounded
 from nfnet_lib.config import ConfigError, PretrainConfig, StudyConfig
-from nfnet_lib.records import write_bytes
+from nfnet_lib.files import write_bytes
 
 if TYPE_CHECKING:
     import pandas as pd

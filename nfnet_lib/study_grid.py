@@ -40,7 +40,7 @@ def search_of(study: StudyConfig, cell: PretrainCell, study_dir: Path) -> tuple[
     """
     lr_grid, lr_start = study.learning_rates(cell.variant)
     start = lr_start.get(cell.epoch_budget, lr_grid[len(lr_grid) // 2])
-    if study.lr_search == "two_trials" and (smaller := _smaller(study, cell)):
+    if study.lr_search == "two_trials" and (smaller := smaller_cells(study, cell)):
         import pandas as pd
 
         from nfnet_lib.rules import propose_lr
@@ -66,7 +66,7 @@ def _searched(study: StudyConfig, cell: PretrainCell, study_dir: Path) -> Pretra
     return found[0].model_copy(update={"peak_lr": summary["config"]["peak_lr"]})
 
 
-def _smaller(study: StudyConfig, cell: PretrainCell) -> list[PretrainCell]:
+def smaller_cells(study: StudyConfig, cell: PretrainCell) -> list[PretrainCell]:
     """The cells whose best rates a two-trial search starts from: no larger in size and epochs, of the same family and seed."""
     family = VARIANTS[cell.variant].family
     return [

@@ -19,20 +19,11 @@ from nfnet_lib import PROJECT, distributed, provenance
 from nfnet_lib.checkpoint import CheckpointError, Checkpoints, not_finite, restored
 from nfnet_lib.config import ConfigError, FinetuneConfig, PretrainConfig, RunConfig, config_from_params
 from nfnet_lib.data import QUARANTINE, Quarantine, load_sources, make_sampler, run_batches, selection_source
+from nfnet_lib.files import write_json
 from nfnet_lib.loader import LoaderError, on_device
 from nfnet_lib.locks import exclusive
 from nfnet_lib.program import EVAL_BATCH, PROGRAM_PARAMETERS, Programs, evaluate, programs
-from nfnet_lib.records import (
-    FAILURE,
-    PARAMS,
-    STOP,
-    SUMMARY,
-    MetricsWriter,
-    RecordError,
-    read_metrics,
-    read_summary,
-    write_json,
-)
+from nfnet_lib.records import FAILURE, PARAMS, STOP, SUMMARY, MetricsWriter, RecordError, read_metrics, read_summary
 from nfnet_lib.selection import Selection
 from nfnet_lib.sources import cached
 from nfnet_lib.stopping import asked_to_stop, heeding_sigterm

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from nfnet_lib.config import ConfigError, RunConfig
-from nfnet_lib.records import FAILURE, SUMMARY, read_metrics, read_summary, write_json
+from nfnet_lib.files import write_json
+from nfnet_lib.records import FAILURE, SUMMARY, read_metrics, read_summary
 
 if TYPE_CHECKING:
     import pandas as pd

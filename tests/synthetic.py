@@ -89,7 +89,7 @@ def table(summaries):
 
 def write_runs(folder, summaries):
     """Write each summary as folder/<run_id>/summary.json, as a study leaves them."""
-    from nfnet_lib.records import write_json
+    from nfnet_lib.files import write_json
 
     for each in summaries:
         (folder / each["run_id"]).mkdir(parents=True)

@@ -33,7 +33,8 @@ from nfnet_lib.cell import NOTEBOOKS, CellFailed, execute
 from nfnet_lib.cli import main
 from nfnet_lib.config import ConfigError, FinetuneConfig, PretrainConfig, StudyConfig
 from nfnet_lib.data import load_sources
-from nfnet_lib.records import collect, read_summary, write_json
+from nfnet_lib.files import write_json
+from nfnet_lib.records import collect, read_summary
 from nfnet_lib.report import build_report
 from nfnet_lib.sources import cached
 

@@ -22,8 +22,9 @@ from nfnet_lib import PROJECT, program, records, sources, train
 from nfnet_lib.checkpoint import Checkpoints, not_finite
 from nfnet_lib.config import ConfigError, PretrainConfig
 from nfnet_lib.data import Quarantine
+from nfnet_lib.files import write_json
 from nfnet_lib.loader import LoaderError, train_batches
-from nfnet_lib.records import RecordError, read_summary, sealed, write_json
+from nfnet_lib.records import RecordError, read_summary, sealed
 from nfnet_lib.sampler import ExactlyOnceSampler
 from nfnet_lib.train import NonFiniteLoss, Stopped, run
 

@@ -9,7 +9,8 @@ import pytest
 from synthetic import summary, write_runs
 
 from nfnet_lib.config import FinetuneConfig, PretrainConfig
-from nfnet_lib.records import RecordError, write_json
+from nfnet_lib.files import write_json
+from nfnet_lib.records import RecordError
 from nfnet_lib.report import build_report, publish
 from nfnet_lib.report_pages import clean_notebook
 

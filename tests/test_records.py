@@ -10,7 +10,7 @@ import synthetic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nfnet_lib import records, status
+from nfnet_lib import files, records, status
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_unfinished_and_failed_runs_are_left_out(study):
     (study / "running").mkdir()
     (study / "running" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     (study / "failed").mkdir()
-    records.write_json(study / "failed" / "failure.json", {"error": "boom", "traceback": ""})
+    files.write_json(study / "failed" / "failure.json", {"error": "boom", "traceback": ""})
     assert not {"running", "failed"} & set(records.collect(study)["path"])
 
 
@@ -134,7 +134,7 @@ def test_status_tells_the_five_states_apart(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.5}\n{"step"')
     for name in ("failed", "resumed"):
-        records.write_json(tmp_path / name / "failure.json", {"error": "loss is nan", "traceback": ""})
+        files.write_json(tmp_path / name / "failure.json", {"error": "loss is nan", "traceback": ""})
     os.utime(tmp_path / "stopped" / "metrics.jsonl", (1e9, 1e9))
     os.utime(tmp_path / "resumed" / "failure.json", (1e9, 1e9))
     table = status.status_table(tmp_path).set_index("path")
@@ -157,25 +157,25 @@ def test_status_of_an_empty_folder(tmp_path):
 
 def test_write_json_keeps_the_old_file_when_killed_before_the_rename(tmp_path, monkeypatch):
     path = tmp_path / "summary.json"
-    records.write_json(path, {"value": 1})
+    files.write_json(path, {"value": 1})
 
     def killed(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        records.write_json(path, {"value": 2})
+        files.write_json(path, {"value": 2})
     assert json.loads(path.read_text()) == {"value": 1}
     assert os.listdir(tmp_path) == ["summary.json"]
 
 
 def test_write_json_converts_numpy_and_refuses_what_is_no_json(tmp_path):
     path = tmp_path / "x.json"
-    records.write_json(path, {"a": np.float32(0.5), "b": np.arange(2), "c": tmp_path})
+    files.write_json(path, {"a": np.float32(0.5), "b": np.arange(2), "c": tmp_path})
     assert json.loads(path.read_text()) == {"a": 0.5, "b": [0, 1], "c": str(tmp_path)}
     for bad in (float("nan"), object()):
         with pytest.raises(ValueError, match=r"x\.json"):
-            records.write_json(path, {"a": bad})
+            files.write_json(path, {"a": bad})
     assert json.loads(path.read_text())["a"] == 0.5
 
 

@@ -15,7 +15,7 @@ import synthetic
 from nfnet_lib import background, locks, status
 from nfnet_lib.cli import main
 from nfnet_lib.config import ConfigError
-from nfnet_lib.records import write_json
+from nfnet_lib.files import write_json
 from nfnet_lib.tensorboard import EventWriter
 
 

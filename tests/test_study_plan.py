@@ -11,7 +11,7 @@ from nfnet_lib import flops, graph, rules, study, study_grid
 from nfnet_lib.cell import CellFailed, cell_dir
 from nfnet_lib.cli import main
 from nfnet_lib.config import ConfigError, StudyConfig
-from nfnet_lib.records import write_json
+from nfnet_lib.files import write_json
 from nfnet_lib.study_plan import plan_sentence, plan_table
 from nfnet_lib.tuning import at_lr
 
@@ -164,14 +164,44 @@ def test_the_graph_of_a_study(path, tmp_path):
     assert any("skipped: already done" in line for line in said)
 
 
+@pytest.mark.parametrize("lr_search", ["bracket", "two_trials", "grid"])
+def test_every_search_of_the_learning_rate_runs_to_its_end(path, tmp_path, lr_search):
+    """With two trials the smaller cells first; a cell whose smaller one failed is not run, and says why."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    named = StudyConfig.from_file(path, {"lr_search": lr_search, "notebooks": []})
+
+    def outcome(config, *_, lr_grid=(), **__):
+        planted(folder, config, list(lr_grid) or [config.peak_lr], lr_grid[0] if lr_grid else config.peak_lr)
+        return {"heldout_loss": 1.0, "config": {"peak_lr": config.peak_lr}}
+
+    engine = Recording(outcome)
+    assert graph.run_graph(study._graph(named, folder), engine, lambda _: None, lambda: None) == {}
+    called = [(cell[0].variant, cell[0].epoch_budget, len(options["lr_grid"])) for _, cell, options in engine.calls]
+    if lr_search == "grid":
+        assert len(called) == 4 * 5 and {rates for _, _, rates in called} == {0}
+        return
+    assert len(called) == 4 and {rates for *_, rates in called} == ({2, 5} if lr_search == "two_trials" else {5})
+    if lr_search == "two_trials":
+        assert called[0] == ("F0-mini", 1, 5) and called[-1] == ("F1-mini", 2, 2)
+        broken = Recording(lambda *_, **__: CellFailed("it broke", "log"))
+        (tmp_path / "other").mkdir()
+        failures = graph.run_graph(study._graph(named, tmp_path / "other"), broken, lambda _: None, lambda: None)
+        assert len(broken.calls) == 1 and failures["F0-mini_ep1"] == "it broke"
+        assert failures["F1-mini_ep2"].startswith("not run: a smaller cell, whose best learning rate the search starts from")
+
+
 def test_the_longest_chain_goes_first_and_no_program_is_compiled_twice_at_once(path, tmp_path):
-    """One call at a time: the run that the comparison needs, the comparison, then a run of every program, then the others."""
+    """One call at a time: the run that the comparison needs, the comparison, then a run of every program, then the others.
+
+    The notebook that needs no more than pre-training comes last, or wherever a worker would have nothing to do.
+    """
     folder = tmp_path / "out"
     folder.mkdir()
     finetune = {"dataset": "digits", "image_size": 24, "resolution": 24, "eval_resolution": 24, "batch_size": 16,
                 "examples_per_epoch": 64, "heldout_examples": 16}  # fmt: skip
-    changes = {"finetune": finetune, "finetune_augmults": [1, 4], "comparison_seeds": 1, "notebooks": [],
-               "variants": ["F0-mini", "F1-mini"]}  # fmt: skip
+    changes = {"finetune": finetune, "finetune_augmults": [1, 4], "comparison_seeds": 1, "variants": ["F0-mini", "F1-mini"],
+               "notebooks": ["index", "01_architecture"]}  # fmt: skip
     named = StudyConfig.from_file(path, changes)
 
     def outcome(config, *_, lr_grid=(), **__):
@@ -182,10 +212,14 @@ def test_the_longest_chain_goes_first_and_no_program_is_compiled_twice_at_once(p
     engine = Recording(outcome)
     assert graph.run_graph(study._graph(named, folder), engine, lambda _: None, lambda: None) == {}
     order = [
-        "comparison" if name == "execute" else f"{arguments[0].variant} {arguments[0].augmult}"
+        arguments[0].stem if name == "execute" else f"{arguments[0].variant} {arguments[0].augmult}"
         for name, arguments, _ in engine.calls[4:]
     ]
-    assert order == ["F0-mini 1", "comparison", "F1-mini 1", "F0-mini 4", "F1-mini 4"]
+    assert order[:5] == ["F0-mini 1", "03_finetune", "F1-mini 1", "F0-mini 4", "F1-mini 4"]
+    assert set(order[5:]) == {"index", "01_architecture"}
+    needs = {step.name: step.needs for step in study._graph(named, folder)}
+    assert set(needs["01_architecture"]) == {f"{variant}_ep{epochs}" for variant in named.variants for epochs in (1, 2)}
+    assert needs["index"] == ("results.csv",)
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 5])
