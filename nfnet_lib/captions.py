@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nfnet_lib.scaling import _UNITS, FrontierResult, variant_order
+from nfnet_lib.scaling import UNITS, FrontierResult, variant_order
 from nfnet_lib.study_laws import StudyLaws
 
 if TYPE_CHECKING:
@@ -16,11 +16,12 @@ def figure1(finetuned: "pd.DataFrame") -> str:
     if finetuned.empty:
         return "No run has been fine-tuned."
     best = finetuned.loc[finetuned["top1_error_percent"].idxmin()]
-    names, repeated = variant_order(finetuned["variant"]), int(finetuned["repeated_augmentation"].sum())
+    runs, names = _count(len(finetuned), "run"), ", ".join(variant_order(finetuned["variant"]))
+    repeated, epochs = int(finetuned["repeated_augmentation"].sum()), _count(best["epoch_budget"], "epoch")
     return (
-        f"Top-1 error after fine-tuning against pre-training compute: {len(finetuned)} runs of {', '.join(names)}, {repeated}"
+        f"Top-1 error after fine-tuning against pre-training compute: {runs} of {names}, {repeated}"
         f" of them with repeated augmentation (filled). Lowest: {best['top1_error_percent']:.3g} %, {best['variant']}"
-        f" pre-trained for {best['epoch_budget']:g} epochs, {'with' if best['repeated_augmentation'] else 'without'} it."
+        f" pre-trained for {epochs}, {'with' if best['repeated_augmentation'] else 'without'} it."
     )
 
 
@@ -30,22 +31,28 @@ def figure2(result: FrontierResult) -> str:
     between = ""
     if result.interval:
         between = f" (90 % interval {result.interval.low:.3f} to {result.interval.high:.3f})"
+    left_out = len(points) - law.num_points
+    through = f"the {law.num_points} of them that cost most" if left_out else "these"
+    variants = _count(cells["variant"].nunique(), "variant")
     return (
-        f"Held-out loss against compute: {len(cells)} cells of {len(set(cells['variant']))} variants, each at its best learning"
-        f" rate, and the {len(points)} that no cheaper one beats (grey band). Dashed: power law through these over"
-        f" {result.decades:.2f} decades of {_UNITS.get(result.compute, result.compute)}, exponent {law.exponent:.3f}{between},"
-        + (f" R^2 {law.r_squared:.3f} on log-log axes." if len(points) > 2 else " exact: a line through two points.")
+        f"Held-out loss against compute: {_count(len(cells), 'cell')} of {variants}, each at its best learning rate, and the"
+        f" {len(points)} that no cheaper one beats (grey band). Dashed: power law through {through} over {result.decades:.2f}"
+        f" decades of {UNITS.get(result.compute, result.compute)}, exponent {law.exponent:.3f}{between},"
+        + (f" R^2 {law.r_squared:.3f} on log-log axes." if law.num_points > 2 else " exact: a line through two points.")
     )
 
 
 def figure3(cells: "pd.DataFrame") -> str:
     """Of `plots.figure3`: the table of `scaling.best_per_cell`."""
     cells = cells[np.isfinite(cells["best_lr"])]
+    if cells.empty:
+        return "Every run diverged: there is no best learning rate."
     inside = int(cells["lr_is_interior"].sum())
     shortest, longest = (cells[cells["epoch_budget"] == end(cells["epoch_budget"])] for end in (min, max))
+    first, last = (_count(part["epoch_budget"].iloc[0], "epoch") for part in (shortest, longest))
+    further = f", {_range(longest['best_lr'])} at {last}" if last != first else ""
     return (
-        f"Best learning rate of each cell against epochs: {_range(shortest['best_lr'])} at"
-        f" {shortest['epoch_budget'].iloc[0]:g} epochs, {_range(longest['best_lr'])} at {longest['epoch_budget'].iloc[0]:g}."
+        f"Best learning rate of each cell against epochs: {_range(shortest['best_lr'])} at {first}{further}."
         f" {inside} of {len(cells)} have a worse rate tried on either side; hollow marks lie at the edge of what was tried."
     )
 
@@ -76,6 +83,10 @@ def published_curves(curves: "pd.DataFrame", laws: "pd.DataFrame") -> str:
         f" Hollow: rows held out, up to {laws['reach'].max():.1f} times further; there the laws are off by"
         f" {missed.min():+.1f} to {missed.max():+.1f} % of the error on average."
     )
+
+
+def _count(number: float | int, what: str) -> str:
+    return f"{number:g} {what}{'' if number == 1 else 's'}"
 
 
 def _of(laws: StudyLaws, name: str) -> str:

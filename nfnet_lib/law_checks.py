@@ -9,30 +9,34 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from nfnet_lib.law_fits import FORMS, LawFit, fit_law
+from nfnet_lib.law_fits import FORMS, LawFit, TooFew, fit_law
 
 if TYPE_CHECKING:
     import pandas as pd
 
 FALSE_ALARM = 0.01  # chance of calling any point of a sound study an outlier
+_ROUNDING = 1e-6  # of log residuals: how near a fit comes to a law without noise
 
 Points = Mapping[str, Any]
 
 
 def leave_one_out(form: str, points: Points) -> Float[np.ndarray, " N"]:
-    """log(predicted) - log(loss) of each point by the law that is fitted to all others."""
+    """log(predicted) - log(loss) of each point by the law that is fitted to all others; NaN where they are too few for one."""
+    _check(form, points)
     everyone = np.arange(len(points["loss"]))
     return np.array([_error(form, points, everyone == index)[0] for index in everyone])
 
 
 def extrapolation_error(form: str, points: Points, by: str = "compute") -> "pd.DataFrame":
-    """The law fitted to what costs least, and asked for the rest: a row for each number of the largest points held out.
+    """The law fitted to what costs least, and asked for the rest: a row for each number of the largest points held out, as long
+    as what is left allows a fit.
 
     by: what is large, a name in points. Columns: held_out, reach (how many times beyond the largest fitted), error_percent (of
     the predicted loss of the very largest point), worst_percent (of any held out).
     """
     import pandas as pd
 
+    _check(form, points, by)
     order = np.argsort(np.asarray(points[by], float), kind="stable")
     needed = len(FORMS[form].parameters) + 1
     rows = []
@@ -40,11 +44,13 @@ def extrapolation_error(form: str, points: Points, by: str = "compute") -> "pd.D
         held = np.zeros(len(order), bool)
         held[order[-count:]] = True
         errors = np.expm1(_error(form, points, held))
+        if np.isnan(errors).any():
+            break
         size = np.asarray(points[by], float)
         largest = np.argmax(size[held])
         rows.append({"held_out": count, "reach": size.max() / size[~held].max(),
                      "error_percent": 100 * errors[largest], "worst_percent": 100 * np.abs(errors).max()})  # fmt: skip
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["held_out", "reach", "error_percent", "worst_percent"])
 
 
 def outliers(form: str, points: Points) -> Bool[np.ndarray, " N"]:
@@ -55,11 +61,12 @@ def outliers(form: str, points: Points) -> Bool[np.ndarray, " N"]:
     """
     from scipy.stats import t as t_distribution
 
+    _check(form, points)
     arrays = {name: np.asarray(points[name], float) for name in (*FORMS[form].inputs, "loss")}
     residuals = leave_one_out(form, points) * np.sqrt(1 - fit_law(form, **arrays).leverage)
-    centred = residuals - np.median(residuals)
+    centred = residuals - np.nanmedian(residuals)
     limit = t_distribution.ppf(1 - FALSE_ALARM / (2 * len(centred)), len(centred) - len(FORMS[form].parameters) - 1)
-    return np.abs(centred) > limit * 1.4826 * np.median(np.abs(centred))
+    return np.abs(centred) > limit * max(1.4826 * np.nanmedian(np.abs(centred)), _ROUNDING)
 
 
 def next_cell(fit: LawFit, candidates: Points, target: Mapping[str, float]) -> Float[np.ndarray, " N"]:
@@ -68,6 +75,9 @@ def next_cell(fit: LawFit, candidates: Points, target: Mapping[str, float]) -> F
 
     ValueError for a fit without draws.
     """
+    if missing := [name for name in fit.form.inputs if name not in candidates or name not in target]:
+        raise ValueError(f"candidates and target: {missing[0]} is missing; the {fit.form.name} law takes"
+                         f" {', '.join(fit.form.inputs)}")  # fmt: skip
     inputs = {name: np.append(np.asarray(candidates[name], float), float(target[name])) for name in fit.form.inputs}
     logs = np.log(fit.predict_draws(**inputs))
     logs -= logs.mean(0)
@@ -92,6 +102,8 @@ def optimum(fit: LawFit, compute, flops_per_unit: float) -> dict[str, np.ndarray
 
 def growth_exponents(fit: LawFit) -> dict[str, tuple[float, float, float]]:
     """{"size", "data"}: exponent with which the optimum grows with compute, and its 90 % interval; they add up to 1."""
+    if fit.form.name != "surface":
+        raise ValueError(f"fit: a {fit.form.name} law has no optimal size; allowed: surface")
     fit.need_draws()
     alpha, beta = (fit.draws[:, fit.form.parameters.index(name)] for name in ("alpha", "beta"))
     share = beta / (alpha + beta)
@@ -105,15 +117,23 @@ def isoflop_optimum(
 ) -> float:
     """Size at the vertex of the parabola of loss in log(size), of runs of equal compute (arXiv 2203.15556, approach 2).
 
-    Use with `isoflop_bias`. ValueError below 3 sizes, or where the parabola opens downwards.
+    Use with `isoflop_bias`. ValueError below 3 sizes, and where the parabola opens downwards or its vertex is not among them.
     """
-    x = np.log(np.asarray(size, float))
+    size, loss = np.asarray(size, float), np.asarray(loss, float)
+    for name, values in (("size", size), ("loss", loss)):
+        if bad := [float(value) for value in values if not (np.isfinite(value) and value > 0)]:
+            raise ValueError(f"{name} must be finite and positive, but holds {bad[:5]}")
+    x = np.log(size)
     if len(np.unique(x)) < 3:
         raise ValueError(f"size: {len(np.unique(x))} different; a parabola needs 3 or more")
-    curvature, slope, _ = np.polyfit(x - x.mean(), np.asarray(loss, float), 2)
+    curvature, slope, _ = np.polyfit(x - x.mean(), loss, 2)
     if curvature <= 0:
         raise ValueError("loss: the parabola opens downwards; the sizes do not enclose an optimum")
-    return float(np.exp(x.mean() - slope / (2 * curvature)))
+    vertex = float(np.exp(x.mean() - slope / (2 * curvature)))
+    if not size.min() <= vertex <= size.max():
+        raise ValueError(f"size: the parabola's vertex, {vertex:.3g}, lies outside the sizes, {size.min():.3g} to"
+                         f" {size.max():.3g}: they do not enclose an optimum")  # fmt: skip
+    return vertex
 
 
 def isoflop_bias(fit: LawFit, size: Float[np.ndarray, " N"], compute: float, flops_per_unit: float) -> float:
@@ -126,8 +146,19 @@ def isoflop_bias(fit: LawFit, size: Float[np.ndarray, " N"], compute: float, flo
     return isoflop_optimum(size, loss) / float(optimum(fit, compute, flops_per_unit)["size"])
 
 
+def _check(form: str, points: Points, *more: str) -> None:
+    """ValueError for an unknown form, or points that lack what it needs."""
+    if form not in FORMS:
+        raise ValueError(f"form: {form!r}; allowed: {', '.join(FORMS)}")
+    if missing := [name for name in (*FORMS[form].inputs, "loss", *more) if name not in points]:
+        raise ValueError(f"points: {missing[0]} is missing; there are {', '.join(points)}")
+
+
 def _error(form: str, points: Points, held: np.ndarray) -> np.ndarray:
-    """log(predicted) - log(loss) of the points held out."""
+    """log(predicted) - log(loss) of the points held out; NaN where the others are too few."""
     arrays = {name: np.asarray(points[name], float) for name in (*FORMS[form].inputs, "loss")}
-    fit = fit_law(form, **{name: values[~held] for name, values in arrays.items()})
+    try:
+        fit = fit_law(form, **{name: values[~held] for name, values in arrays.items()})
+    except TooFew:
+        return np.full(held.sum(), np.nan)
     return np.log(fit.predict(**{name: arrays[name][held] for name in fit.form.inputs})) - np.log(arrays["loss"][held])

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+_LARGEST_SHARE = 1 - 1e-6  # of the lowest loss that a floor may be
+
+
 def frontier(compute: Float[np.ndarray, " N"], loss: Float[np.ndarray, " N"]) -> Bool[np.ndarray, " N"]:
     """Which points are compute-optimal: no other point reaches a loss as low with as little compute.
 
@@ -69,7 +72,10 @@ class PowerLaw:
 
 
 def _points(compute, loss, least: int) -> tuple[np.ndarray, np.ndarray]:
-    compute, loss = np.asarray(compute, float), np.asarray(loss, float)
+    try:
+        compute, loss = np.asarray(compute, float), np.asarray(loss, float)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"compute and loss must hold numbers: {error}") from None
     if compute.shape != loss.shape:
         raise ValueError(f"compute has shape {compute.shape} but loss {loss.shape}")
     for name, values in (("compute", compute), ("loss", loss)):
@@ -111,11 +117,12 @@ def fit_power_law(compute: Float[np.ndarray, " N"], loss: Float[np.ndarray, " N"
 def fit_power_law_with_floor(compute: Float[np.ndarray, " N"], loss: Float[np.ndarray, " N"]) -> PowerLaw:
     """loss = floor + coefficient * compute ** -exponent with floor >= 0, exponent >= 0, least squares on log(loss).
 
-    Multi-start; the floor's interval comes from refitting the other two parameters at each of a grid of floors. With
-    the small range of losses that a sweep spans, the floor is often weakly identified (`PowerLaw.floor_is_weak`):
-    report it beside the pure power law, not instead. Raises ValueError below 4 points of different compute.
+    Multi-start; the floor's interval ends where the other two parameters, refitted at a fixed floor, leave a sum of squares too
+    large for the F test. With the small range of losses that a sweep spans, the floor is often weakly identified
+    (`PowerLaw.floor_is_weak`): report it beside the pure power law, not instead. Raises ValueError below 4 points of
+    different compute.
     """
-    from scipy.optimize import least_squares
+    from scipy.optimize import brentq, least_squares
     from scipy.stats import f as f_distribution
 
     compute, loss = _points(compute, loss, least=4)
@@ -125,26 +132,28 @@ def fit_power_law_with_floor(compute: Float[np.ndarray, " N"], loss: Float[np.nd
     def residuals(p):  # floor as a share of the lowest loss, log coefficient, exponent
         return np.log(p[0] * lowest + np.exp(p[1] - p[2] * log_c)) - log_l
 
-    def solve(start_share, low=0.0, high=1 - 1e-6):
-        a, b = _log_log_fit(log_c, np.log(loss - start_share * lowest), np.ones_like(log_c))
-        return least_squares(
-            residuals,
-            [start_share, a, max(b, 1e-6)],
-            bounds=([low, -np.inf, 0], [high, np.inf, np.inf]),
-            xtol=1e-14,
-            ftol=1e-14,
-            gtol=1e-14,
-            max_nfev=500,
-        )
+    tight = {"xtol": 1e-14, "ftol": 1e-14, "gtol": 1e-14, "max_nfev": 500}
 
-    shares = np.linspace(0, 0.99, 34)
+    def line(share):  # log coefficient and exponent without the floor, to start from
+        a, b = _log_log_fit(log_c, np.log(loss - share * lowest), np.ones_like(log_c))
+        return [a, max(b, 1e-6)]
+
+    def solve(start_share):
+        bounds = ([0.0, -np.inf, 0], [_LARGEST_SHARE, np.inf, np.inf])
+        return least_squares(residuals, [start_share, *line(start_share)], bounds=bounds, **tight)
+
+    def excess(share):  # of the sum of squares at a fixed floor, above what the F test allows
+        fit = least_squares(lambda p: residuals([share, *p]), line(share), bounds=([-np.inf, 0], np.inf), **tight)
+        return fit.cost - limit
+
     best = min((solve(share) for share in (0.01, 0.3, 0.6, 0.8, 0.9, 0.97)), key=lambda fit: fit.cost)
-    profile = np.array([solve(share, max(share - 1e-7, 0.0), share + 1e-7).cost for share in shares])
     # Rounding floors the cost of an exact fit; without it the interval of noiseless data would depend on the last bits.
-    cost, degrees = max(best.cost, 1e-20), len(compute) - 3
-    allowed = shares[profile <= cost * (1 + f_distribution.ppf(0.9, 1, degrees) / degrees)]
+    degrees = len(compute) - 3
+    limit = max(best.cost, 1e-20) * (1 + f_distribution.ppf(0.9, 1, degrees) / degrees)
     share, log_a, exponent = best.x
-    interval = tuple(float(lowest * edge) for edge in (min([share, *allowed]), max([share, *allowed])))
+    low = brentq(excess, 0.0, share, xtol=1e-9) if excess(0.0) > 0 else 0.0
+    high = brentq(excess, share, _LARGEST_SHARE, xtol=1e-9) if excess(_LARGEST_SHARE) > 0 else 1.0
+    interval = (float(lowest * low), float(lowest * high))
     ranges = (float(compute.min()), float(compute.max())), (float(lowest), float(loss.max()))
     return PowerLaw(
         float(np.exp(log_a) * middle**exponent),
@@ -184,6 +193,8 @@ def bootstrap_exponent(
     """
     if missing := [name for name in (compute, loss, *([by] if by else [])) if name not in df]:
         raise ValueError(f"df lacks column(s) {', '.join(missing)}; it has {', '.join(map(str, df.columns))}")
+    if n < 1:
+        raise ValueError(f"n: {n} resamples; allowed: 1 or more")
     _points(df[compute], df[loss], least=2)
     df = df.sort_values([compute, loss], kind="stable", ignore_index=True)
     generator = np.random.default_rng(seed)

@@ -63,7 +63,7 @@ def answer(records: "pd.DataFrame") -> list[str]:
     sentences = [
         f"At {_scale(records)}, over {result.decades:.1f} decades of compute, the lowest held-out loss falls as compute to the"
         f" power -{law.exponent:.3f}{between}; the straight line on log-log axes "
-        + (f"explains {law.r_squared:.1%} of it." if len(result.points) > 2 else "is drawn through two points, no more.")
+        + (f"explains {law.r_squared:.1%} of it." if law.num_points > 2 else "is drawn through two points, no more.")
     ]
     points = result.points
     first, last = points.iloc[0], points.iloc[-1]
@@ -87,7 +87,7 @@ def answer(records: "pd.DataFrame") -> list[str]:
         )
         if with_repeats == with_repeats and plain == plain:
             sentence += (
-                f"; mean error {plain:.2f}% without and {with_repeats:.2f}% with repeated augmentation, one seed each"
+                f"; mean error {plain:.2f}% without and {with_repeats:.2f}% with repeated augmentation, over {len(tuned)} runs"
             )
         sentences.append(sentence + ".")
     return sentences
@@ -148,7 +148,7 @@ def comparison(records: "pd.DataFrame") -> "pd.DataFrame":
     try:
         result = frontier_analysis(records)
         law = f"exponent {result.law.exponent:.3f}, over {result.decades:.1f} decades, " + (
-            f"R^2 {result.law.r_squared:.3f}" if len(result.points) > 2 else "through two points"
+            f"R^2 {result.law.r_squared:.3f}" if result.law.num_points > 2 else "through two points"
         )
     except ValueError as error:
         law = f"not fitted: {error}"

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from nfnet_lib.scaling import CELL, _require, best_per_cell, frontier, variant_order
+from nfnet_lib.scaling import CELL, _require, best_per_cell, frontier, losses_by_rate, pretraining, variant_order
 
 if TYPE_CHECKING:
     import pandas as pd
 
 SIZE = "forward_macs"
+TRIAL_COLUMNS = ("variant", "epoch_budget", "best_lr", "proposed", "tried", "found", "excess")
 
 
 class Growth(NamedTuple):
@@ -32,8 +33,9 @@ class Growth(NamedTuple):
 
     def sentence(self) -> str:
         """The paper's rule, as these runs bear it out."""
-        text = "optimal size grows as compute^{:.2f} ({:.2f} to {:.2f}), epochs as compute^{:.2f} ({:.2f} to {:.2f})".format(
-            *self.size, *self.epochs
+        numbers = [round(value, 2) + 0.0 for value in (*self.size, *self.epochs)]  # no minus before 0.00
+        text = "optimal size goes as compute^{:.2f} ({:.2f} to {:.2f}), epochs as compute^{:.2f} ({:.2f} to {:.2f})".format(
+            *numbers
         )
         _, low, high = self.difference
         if low <= 0 <= high:
@@ -47,13 +49,17 @@ def growth(
 ) -> Growth:  # fmt: skip
     """Slopes of log(size) and log(epochs) against log(compute) along the frontier; cells are drawn within each variant.
 
-    ValueError for fewer than 3 cells on the frontier, or too few resamples with a frontier of 2 computes.
+    ValueError for a single size or budget among all cells, of whose growth nothing can be said, for fewer than 3 cells on the
+    frontier, or too few resamples with a frontier of 2 computes.
     """
     _require(cells, [*CELL, compute, loss, size], "cells")
     cells = cells[np.isfinite(cells[loss])].sort_values([compute, loss], kind="stable", ignore_index=True)
     columns = [cells[name].to_numpy(float) for name in (compute, loss, size, "epoch_budget")]
     if (found := int(frontier(*columns[:2]).sum())) < 3:
         raise ValueError(f"cells: {found} on the frontier; a rate of growth needs 3 or more")
+    for name in (size, "epoch_budget"):
+        if cells[name].nunique() < 2:
+            raise ValueError(f"cells: a single {name}; a rate of growth needs 2 or more")
     groups, generator = list(cells.groupby("variant", sort=True).indices.values()), np.random.default_rng(seed)
     draws = []
     for _ in range(resamples):
@@ -87,6 +93,8 @@ def repeats_from(
     cell after it.
     """
     points = cells[frontier(cells[compute].to_numpy(float), cells[loss].to_numpy(float))].sort_values(compute)
+    if points.empty:
+        return None
     once = (points["epoch_budget"] <= 1).to_numpy()
     if once[-1] or not (cells["epoch_budget"] <= 1).any():
         return None
@@ -111,6 +119,8 @@ def monotone_lr(cells: "pd.DataFrame", lr: str = "best_lr") -> "pd.DataFrame":
             epochs, target = np.log2(part["epoch_budget"].to_numpy(float)), np.log2(part[lr].to_numpy(float))
             fitted = IsotonicRegression(increasing=False).fit(epochs, target).predict(epochs)
             parts.append(part.assign(fitted_lr=2**fitted, steps_off=target - fitted))
+    if not parts:
+        raise ValueError(f"cells: 0 of {len(cells)} have a finite {lr}; nothing to fit")
     return pd.concat(parts, ignore_index=True)
 
 
@@ -148,21 +158,24 @@ def two_trials(runs: "pd.DataFrame", loss: str = "heldout_loss", size_column: st
     """How the two-trial rule would have done on a tuned study: a row a cell, from the cheapest that has a cheaper one.
 
     Columns: variant, epoch_budget, best_lr (of all tried), proposed (two rates), tried (those of them that the study ran),
-    found (the best rate is among them), excess (loss of the better proposed one over the best's, relative; NaN where neither
-    was run).
+    found (the best rate is among them), excess (loss of the better proposed one over the best's, relative; infinite where each
+    of them that was run diverged, NaN where neither was run). Cells in which every rate diverged are left out. ValueError for
+    runs at a single rate.
     """
     import pandas as pd
 
-    cells = best_per_cell(runs, loss=loss).sort_values("train_flops", ignore_index=True)
+    cells = best_per_cell(runs, loss=loss).dropna(subset="best_lr").sort_values("train_flops", ignore_index=True)
     _require(cells, [size_column], "runs")
-    grid = sorted(runs.loc[runs["kind"] == "pretrain", "peak_lr"].unique() if "kind" in runs else runs["peak_lr"].unique())
+    own = pretraining(runs)
+    grid = sorted(own["peak_lr"].unique())
+    if len(grid) < 2:
+        raise ValueError(f"runs: {len(grid)} learning rate; the rule of two trials needs 2 or more")
     rows = []
     for index, cell in cells.iloc[1:].iterrows():
         proposed = propose_lr(cells.iloc[:index], cell[size_column], cell["epoch_budget"], grid, size_column)
-        own = runs[(runs["variant"] == cell["variant"]) & (runs["epoch_budget"] == cell["epoch_budget"])]
-        losses = own[own["peak_lr"].isin(proposed)].groupby("peak_lr")[loss].mean()
+        here = own[(own["variant"] == cell["variant"]) & (own["epoch_budget"] == cell["epoch_budget"])]
+        losses = losses_by_rate(here[here["peak_lr"].isin(proposed)], loss)
         rows.append({"variant": cell["variant"], "epoch_budget": cell["epoch_budget"], "best_lr": cell["best_lr"],
                      "proposed": proposed, "tried": tuple(losses.index), "found": cell["best_lr"] in proposed,
                      "excess": losses.min() / cell[loss] - 1 if len(losses) else np.nan})  # fmt: skip
-    columns = ["variant", "epoch_budget", "best_lr", "proposed", "tried", "found", "excess"]
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows, columns=TRIAL_COLUMNS)

@@ -51,6 +51,9 @@ __all__ = [
 
 _VITS = ("Ti", "S", "B", "L", "So400m", "g", "G")
 CELL = ("variant", "epoch_budget")
+_RECIPE = ("dataset", "num_classes", "examples_per_epoch", "resolution", "eval_resolution", "batch_size", "optimizer",
+           "momentum", "weight_decay", "agc_clip", "agc_eps", "warmup_fraction", "label_smoothing",
+           "bottleneck_rule")  # fmt: skip
 _PER_CELL = ("num_params", "forward_macs", "images_seen", "tpu_v4_core_hours", "core_hours", "seconds")
 
 
@@ -72,7 +75,8 @@ def variant_order(names: Iterable[str]) -> list[str]:
     return sorted(set(names), key=key)
 
 
-def _pretraining(df: "pd.DataFrame") -> "pd.DataFrame":
+def pretraining(df: "pd.DataFrame") -> "pd.DataFrame":
+    """The runs of pre-training: all, where no column `kind` says otherwise."""
     return df[df["kind"] == "pretrain"] if "kind" in df else df
 
 
@@ -93,21 +97,22 @@ def best_per_cell(df: "pd.DataFrame", loss: str = "heldout_loss", compute: str =
     """
     import pandas as pd
 
-    runs = _pretraining(df)
+    runs = pretraining(df)
     _require(runs, [*CELL, "peak_lr", loss, compute], "df")
     if runs.empty:
         raise ValueError(f"df has 0 pre-training runs of {len(df)} rows; nothing to choose from")
+    _refuse_what_is_no_run(runs, compute, loss)
     extra = [name for name in _PER_CELL if name in runs and name != compute]
     rows = []
     for (variant, epochs), cell in runs.groupby(list(CELL), sort=True):
-        by_lr = cell.groupby("peak_lr")[loss].agg(["mean", "size"])  # NaN must not drop out of a mean: see next line
-        diverged = cell.groupby("peak_lr")[loss].apply(lambda losses: not np.isfinite(losses).all())
-        losses = np.where(diverged, np.inf, by_lr["mean"])
-        lrs, best = by_lr.index.to_numpy(dtype=float), int(np.argmin(losses))
+        by_lr = losses_by_rate(cell, loss)
+        losses, lrs = by_lr.to_numpy(), by_lr.index.to_numpy(dtype=float)
+        best = int(np.argmin(losses))
         interior = bool(np.isfinite(losses[best]) and 0 < best < len(lrs) - 1)
         chosen = cell[cell["peak_lr"] == lrs[best]]
+        num_seeds = chosen["seed"].nunique() if "seed" in chosen else len(chosen)
         row = {"variant": variant, "epoch_budget": epochs, "best_lr": lrs[best], loss: losses[best],
-               compute: chosen[compute].mean(), "lrs": tuple(lrs.tolist()), "num_seeds": int(by_lr["size"].iloc[best]),
+               compute: chosen[compute].mean(), "lrs": tuple(lrs.tolist()), "num_seeds": int(num_seeds),
                "lr_is_interior": interior, "interpolated_lr": np.nan}  # fmt: skip
         if not np.isfinite(losses[best]):
             row |= {"best_lr": np.nan, loss: np.nan}
@@ -115,6 +120,33 @@ def best_per_cell(df: "pd.DataFrame", loss: str = "heldout_loss", compute: str =
             row["interpolated_lr"] = _parabola_vertex(lrs[best - 1 : best + 2], losses[best - 1 : best + 2])
         rows.append(row | {name: chosen[name].mean() for name in extra})
     return _by_variant(pd.DataFrame(rows), "epoch_budget")
+
+
+def losses_by_rate(runs: "pd.DataFrame", loss: str = "heldout_loss") -> "pd.Series":
+    """Mean loss over the seeds of each peak_lr, ascending; infinite where a run diverged, whose loss is not finite."""
+    return runs.groupby("peak_lr")[loss].agg(lambda own: own.mean() if np.isfinite(own).all() else np.inf).astype(float)
+
+
+def _refuse_what_is_no_run(runs: "pd.DataFrame", compute: str, loss: str) -> None:
+    """ValueError for keys and computes that are missing or not positive, losses that no run has, and runs of one cell and rate
+    that differ in more than their seed."""
+    import pandas as pd
+
+    if runs["variant"].isna().any():
+        raise ValueError(f"variant is missing in {int(runs['variant'].isna().sum())} of {len(runs)} pre-training runs")
+    for name in ("epoch_budget", "peak_lr", compute, loss):
+        if not pd.api.types.is_numeric_dtype(runs[name]):
+            raise ValueError(f"{name} must hold numbers, but holds {runs[name].iloc[0]!r}")
+        values = runs[name].to_numpy(float, na_value=np.nan)
+        wrong = values <= 0 if name == loss else ~(np.isfinite(values) & (values > 0))  # a run that diverged has no loss
+        if wrong.any():
+            raise ValueError(f"{name} must be above 0, but is {values[wrong][0]} in {wrong.sum()} of {len(runs)} runs")
+    recipe = [name for name in _RECIPE if name in runs]
+    for (variant, epochs, lr), same in runs.groupby([*CELL, "peak_lr"]) if recipe else ():
+        if different := [name for name in recipe if len(same) > 1 and same[name].nunique(dropna=False) > 1]:
+            values = ", ".join(map(str, same[different[0]].unique()))
+            raise ValueError(f"{different[0]}: {values} in runs of {variant} at {epochs:g} epochs and rate {lr:g}; runs of one"
+                             " cell and rate may differ in their seed only")  # fmt: skip
 
 
 def _by_variant(table: "pd.DataFrame", *then: str) -> "pd.DataFrame":
@@ -209,7 +241,7 @@ class FrontierResult:
         result = [
             f"{len(points)} of {len(cells)} cells are compute-optimal, from {points[self.loss].iloc[0]:.4g} nats at "
             f"{points[self.compute].iloc[0]:.3g} to {points[self.loss].iloc[-1]:.4g} at "
-            f"{points[self.compute].iloc[-1]:.3g} {_UNITS.get(self.compute, self.compute)}.",
+            f"{points[self.compute].iloc[-1]:.3g} {UNITS.get(self.compute, self.compute)}.",
             "Power law: " + self.law.sentence(),
         ]
         if self.interval:
@@ -230,7 +262,7 @@ class FrontierResult:
         return result + list(self.notes)
 
 
-_UNITS = {"train_flops": "training FLOPs", "tpu_v4_core_hours": "TPU-v4 core-hours", "core_hours": "core-hours",
+UNITS = {"train_flops": "training FLOPs", "tpu_v4_core_hours": "TPU-v4 core-hours", "core_hours": "core-hours",
           "seconds": "seconds"}  # fmt: skip
 
 
@@ -245,6 +277,9 @@ def frontier_analysis(
 
     Raises ValueError where fewer than 2 frontier points remain for the fit.
     """
+    if resamples < 1 or skip < 0:
+        name, value, least = ("skip", skip, 0) if skip < 0 else ("resamples", resamples, 1)
+        raise ValueError(f"{name}: {value}; allowed: {least} or more")
     cells = df if "best_lr" in df else best_per_cell(df, loss=loss, compute=compute)
     _require(cells, [*CELL, compute, loss], "df")
     notes = []
@@ -254,8 +289,8 @@ def frontier_analysis(
         notes.append(f"Every run diverged in {len(lost)} cell(s), left out: {names}.")
     cells = cells[np.isfinite(cells[loss])].sort_values([compute, loss], kind="stable", ignore_index=True)
     on_frontier = frontier(cells[compute].to_numpy(dtype=float), cells[loss].to_numpy(dtype=float))
-    if skip < 0 or on_frontier.sum() - skip < 2:
-        raise ValueError(f"{on_frontier.sum()} of {len(cells)} cells is compute-optimal; a law needs 2"
+    if (found := int(on_frontier.sum())) - skip < 2:
+        raise ValueError(f"{found} of {len(cells)} cells {'is' if found == 1 else 'are'} compute-optimal; a law needs 2"
                          + (f" and skip={skip} more" if skip else ""))  # fmt: skip
     cells = cells.assign(on_frontier=on_frontier, in_fit=on_frontier & (np.cumsum(on_frontier) > skip))
     fitted = cells[cells["in_fit"]]
@@ -326,7 +361,7 @@ def finetune_table(df: "pd.DataFrame", top1: str = "heldout_top1", compute: str 
         tuned = tuned[tuned["compared_as"].fillna("") == ""]
     if len(tuned):
         _require(df, ["pretrained_run"], "df")
-        tuned = tuned[tuned["pretrained_run"] != ""]  # runs from weight files have no pre-training to stand beside
+        tuned = tuned[tuned["pretrained_run"].fillna("") != ""]  # runs from weight files have no pre-training to stand beside
     tuned = tuned.reindex(columns=[*df.columns, *({"augmult", "rho", "pretrained_run"} - set(df.columns))])
     if len(bad := tuned[~tuned[top1].between(0, 1)]):
         raise ValueError(

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nfnet_lib import law_checks, rules
-from nfnet_lib.law_fits import LawFit, fit_law
-from nfnet_lib.scaling import CELL, _require
+from nfnet_lib.law_fits import LawFit, TooFew, fit_law
+from nfnet_lib.scaling import CELL, UNITS, _require
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,9 +24,10 @@ _MEANS = {"alpha": "size", "beta": "views"}
 class StudyLaws:
     """cells: those fitted, with predicted (loss by the surface) and outlier (bool), cheapest first.
 
-    surface: L(N, D) of forward multiply-accumulates and views seen, None below FEWEST_CELLS: then extrapolation is empty and
-    cells lack those columns, and nothing can be predicted (ValueError). extrapolation: `law_checks.extrapolation_error`.
-    growth, repeats: `rules.growth` and `rules.repeats_from`, None where the frontier is too short; `notes` then says why.
+    surface: L(N, D) of forward multiply-accumulates and views seen, None below FEWEST_CELLS or with fewer than 3 sizes or
+    numbers of views: then extrapolation is empty and cells lack those columns, and nothing can be predicted (ValueError).
+    extrapolation: `law_checks.extrapolation_error`. growth, repeats: `rules.growth` and `rules.repeats_from`, None where the
+    frontier is too short. notes: why something is missing.
     trials: `rules.two_trials`.
     """
 
@@ -73,7 +74,7 @@ class StudyLaws:
 
     def _need_surface(self) -> None:
         if self.surface is None:
-            raise ValueError(f"cells: {len(self.cells)}; a prediction needs the law of size and data, and that {FEWEST_CELLS}")
+            raise ValueError(f"cells: {len(self.cells)}; a prediction needs the law of size and data. {self.notes[0]}")
 
     def sentences(self) -> list[str]:
         """The findings in words, every number of them taken from this result."""
@@ -82,12 +83,15 @@ class StudyLaws:
             result.append(f"Along the frontier {self.growth.sentence()}")
         if self.repeats:
             once, more = self.repeats
-            result.append(f"More than one epoch is best from {more:.3g} training FLOPs on"
+            result.append(f"More than one epoch is best from {more:.3g} {UNITS.get(self.compute, self.compute)} on"
                           f"{f' (not yet at {once:.3g})' if once else ', the cheapest on the frontier'}.")  # fmt: skip
         if len(tried := self.trials.dropna(subset="excess")):
+            ended = tried.loc[np.isfinite(tried["excess"]), "excess"]
             result.append(
                 f"Two trials, proposed from cheaper cells, hold the best learning rate in {int(self.trials['found'].sum())} of"
-                f" {len(self.trials)} cells; the loss is at most {100 * tried['excess'].max():.1f} % above the best."
+                f" {len(self.trials)} cells"
+                + (f"; the loss is at most {100 * ended.max():.1f} % above the best" if len(ended) else "")
+                + (f"; what was run of them diverged in {len(tried) - len(ended)}." if len(ended) < len(tried) else ".")
             )
         return result + list(self.notes)
 
@@ -101,15 +105,19 @@ class StudyLaws:
                 *law_checks.growth_exponents(self.surface)["size"]
             )
             grown += " compute^{:.2f} ({:.2f} to {:.2f}).".format(*law_checks.growth_exponents(self.surface)["data"])
-        far = self.extrapolation.iloc[min(len(self.extrapolation), max(1, len(self.cells) // 4)) - 1]
         result = [
             f"Law of size and data over all {len(self.cells)} cells, L = A N^-alpha + B D^-beta + E (N: multiply-accumulates of"
             f" a forward pass, D: views): {self.surface.sentence()}",
             grown,
-            f"Fitted without the {far['held_out']:.0f} most expensive cells, it is {abs(far['error_percent']):.1f} % "
-            f"{'above' if far['error_percent'] > 0 else 'below'} the loss of the most expensive run, {far['reach']:.1f} times"
-            " beyond what it was fitted to.",
         ]
+        if len(self.extrapolation):
+            far = self.extrapolation.iloc[min(len(self.extrapolation), max(1, len(self.cells) // 4)) - 1]
+            held = int(far["held_out"])
+            result.append(
+                f"Fitted without the {f'{held} most expensive cells' if held > 1 else 'most expensive cell'}, it is"
+                f" {abs(far['error_percent']):.1f} % {'above' if far['error_percent'] > 0 else 'below'} the loss of the most"
+                f" expensive run, {far['reach']:.1f} times beyond what it was fitted to."
+            )
         strange = self.cells[self.cells["outlier"]]
         if len(strange):
             names = ", ".join(f"{row.variant} at {row.epoch_budget:g} epochs" for row in strange.itertuples())
@@ -123,20 +131,26 @@ def study_laws(
 ) -> StudyLaws:  # fmt: skip
     """The laws of a study. cells: of `scaling.best_per_cell`; runs: the records they come from, for the two-trial rule.
 
-    ValueError for missing columns. What there are too few cells for is left out, with a note.
+    ValueError for missing columns, or if every run diverged. What there are too few cells, sizes, budgets or rates for is left
+    out, with a note.
     """
     import pandas as pd
 
     _require(cells, [*CELL, compute, loss, "forward_macs", "images_seen"], "cells")
     cells = cells[np.isfinite(cells[loss])].sort_values([compute, loss], kind="stable", ignore_index=True)
+    if cells.empty:
+        raise ValueError("cells: every run diverged; there is no law of losses that are not finite")
     size, data = (cells[name].to_numpy(float) for name in ("forward_macs", "images_seen"))
     points = {"size": size, "data": data, "loss": cells[loss].to_numpy(float), "compute": cells[compute].to_numpy(float)}
-    notes, growth, surface, extrapolation = [], None, None, pd.DataFrame()
-    if len(cells) < FEWEST_CELLS:
-        notes.append(f"No law of size and data: {len(cells)} cells, and it needs {FEWEST_CELLS}.")
-    else:
+    notes, growth, surface, extrapolation, trials = [], None, None, pd.DataFrame(), pd.DataFrame(columns=rules.TRIAL_COLUMNS)
+    try:
+        if len(cells) < FEWEST_CELLS:
+            raise TooFew(f"{len(cells)} cells, and it needs {FEWEST_CELLS}")
         groups = cells["variant"].to_numpy()
         surface = fit_law("surface", points["loss"], groups, size=size, data=data, resamples=resamples, seed=seed)
+    except TooFew as error:
+        notes.append(f"No law of size and data: {error}.")
+    else:
         extrapolation = law_checks.extrapolation_error("surface", points)
         predicted, outlier = surface.predict(size=size, data=data), law_checks.outliers("surface", points)
         cells = cells.assign(predicted=predicted, outlier=outlier)
@@ -144,5 +158,11 @@ def study_laws(
         growth = rules.growth(cells, compute, loss, resamples=resamples, seed=seed)
     except ValueError as error:
         notes.append(f"No rate of growth along the frontier: {error}.")
-    repeats, trials = rules.repeats_from(cells, compute, loss), rules.two_trials(runs, loss)
+    repeats = rules.repeats_from(cells, compute, loss)
+    try:
+        trials = rules.two_trials(runs, loss)
+    except ValueError as error:
+        notes.append(f"No test of two trials: {error}.")
+    if (surface or growth) and (cells.groupby("variant").size() == 1).any():
+        notes.append("Some variants have a single cell, which every resample keeps: intervals are too narrow.")
     return StudyLaws(cells, surface, extrapolation, growth, repeats, trials, compute, loss, tuple(notes))

@@ -1,5 +1,6 @@
 """Captions say what their tables hold, and change with them."""
 
+import numpy as np
 import pandas as pd
 import pytest
 import synthetic
@@ -68,3 +69,19 @@ def test_two_points_are_no_evidence_of_a_line(runs):
     caption = captions.figure2(scaling.frontier_analysis(two))
     said = " ".join([*report.answer(two), *report.comparison(two).iloc[:, -1], caption])
     assert said.count("two points") == 3 and "R^2" not in said and "explains" not in said
+
+
+def test_the_points_fitted_are_the_points_named(runs):
+    result = scaling.frontier_analysis(runs, skip=3)
+    used = len(result.points) - 3
+    assert result.law.num_points == used and f"through the {used} of them that cost most over" in captions.figure2(result)
+    two = scaling.frontier_analysis(runs, skip=len(result.points) - 2)
+    assert "exact: a line through two points" in captions.figure2(two) and "R^2" not in captions.figure2(two)
+
+
+def test_diverged_runs_and_single_budgets_are_told_in_whole_words(runs):
+    cells = scaling.best_per_cell(runs)
+    one = captions.figure3(cells[cells["epoch_budget"] == 1])
+    assert one.count("at 1 epoch") == 1 and "1 epochs" not in one
+    lost = scaling.best_per_cell(runs[runs["kind"] == "pretrain"].assign(heldout_loss=np.nan))
+    assert captions.figure3(lost) == "Every run diverged: there is no best learning rate."

@@ -105,6 +105,47 @@ def test_a_short_range_says_that_the_floor_is_weak():
     assert "E" not in strong.weak()
 
 
+def surface_of(sizes, budgets, noise, seed=0, floor=0.3):
+    """Arguments of `fit_law` for a small study: A 0.6, B 2, alpha 0.3, beta 0.4 of inputs that begin at 1."""
+    size, data = (grid.ravel() for grid in np.meshgrid(2.0 ** np.arange(sizes), 2.0 ** np.arange(budgets), indexing="ij"))
+    loss = 0.6 * size**-0.3 + 2 * data**-0.4 + floor
+    loss = loss * np.exp(noise * np.random.default_rng(seed).standard_normal(len(loss)))
+    return {"form": "surface", "loss": loss, "groups": size, "size": size, "data": data}
+
+
+def test_draws_leave_a_floor_of_zero_that_the_fit_itself_has():
+    """Where the best floor is 0, its interval still reaches the truth in half of the repeats."""
+    at_zero, covered = 0, 0
+    for seed in range(12):
+        fit = fit_law(**surface_of(4, 5, 0.05, seed), resamples=100)
+        if fit.parameters["E"] < 0.003:
+            at_zero += 1
+            covered += fit.interval("E")[1] >= 0.3
+            assert "E" in fit.weak()
+    assert at_zero >= 4 and covered >= 0.5 * at_zero
+
+
+def test_what_hardly_depends_on_an_input_is_called_so():
+    here = surface_of(4, 6, 0.02)
+    here["loss"] = (2 * here["data"] ** -0.4 + 0.3) * np.exp(0.02 * np.random.default_rng(3).standard_normal(24))
+    fit = fit_law(**here, resamples=200)
+    assert "alpha" in fit.weak() and "beta" not in fit.weak()
+    rising = fit_law("power", INPUTS["power"]["compute"] ** 0.05, compute=INPUTS["power"]["compute"], resamples=50)
+    assert rising.weak()["a"] == "a loss that does not depend on compute fits as well"
+
+
+@pytest.mark.parametrize("form,inputs,name", [
+    ("power", {"compute": np.full(9, 2.0)}, "compute: 1 different"),
+    ("floor", {"compute": np.repeat([1.0, 2.0], 5)[:9]}, "compute: 2 different"),
+    ("shifted", {"compute": np.repeat([1.0, 2.0, 3.0], 3)}, "compute: 3 different"),
+    ("surface", {"size": np.full(9, 2.0), "data": np.arange(1.0, 10)}, "size: 1 different"),
+    ("surface", {"size": np.arange(1.0, 10), "data": np.repeat([1.0, 2.0], 5)[:9]}, "data: 2 different"),
+])  # fmt: skip
+def test_inputs_that_do_not_vary_are_refused(form, inputs, name):
+    with pytest.raises(ValueError, match=rf"{name} value\(s\); the {form} law needs \d or more"):
+        fit_law(form, np.linspace(2, 1, 9), **inputs)
+
+
 def test_resamples_are_drawn_within_groups_and_follow_the_seed():
     here = planted("surface", noise=0.01, generator=np.random.default_rng(3))
     first, again, other = (fit_law(**here, resamples=20, seed=seed).draws for seed in (0, 0, 1))
@@ -119,6 +160,11 @@ def test_resamples_are_drawn_within_groups_and_follow_the_seed():
     ({"loss": -np.ones(24)}, "loss must be finite and positive"),
     ({"size": np.ones(24)}, "inputs: compute, size; the floor law takes compute"),
     ({"compute": np.ones(23)}, r"compute has shape \(23,\) but loss \(24,\)"),
+    ({"groups": list("ab")}, r"groups has shape \(2,\) but loss \(24,\)"),
+    ({"delta": 0.0}, r"delta: 0\.0; allowed: above 0"),
+    ({"resamples": -1}, "resamples: -1; allowed: 0 or more"),
+    ({"compute": np.array(["many"] * 24)}, "compute must hold numbers"),
+    ({"compute": np.ones((24, 1))}, r"compute must have one dimension, but has shape \(24, 1\)"),
     ({"compute": np.array([1.0, 2.0, 3.0]), "loss": np.array([3.0, 2.0, 1.0])}, "points: 3; the floor law needs 4"),
 ])  # fmt: skip
 def test_what_can_not_be_fitted_is_named(change, message):
@@ -145,6 +191,28 @@ def test_a_planted_outlier_is_found_and_no_other():
     here = points("surface", noise=0.003, generator=np.random.default_rng(5))
     here["loss"][[40, 47]] *= 1.04  # as the paper's F7+ at its longest runs
     assert np.flatnonzero(law_checks.outliers("surface", here)).tolist() == [40, 47]
+
+
+def test_checks_name_what_is_missing_or_unknown():
+    here = points("floor")
+    for call in (law_checks.leave_one_out, law_checks.outliers, law_checks.extrapolation_error):
+        with pytest.raises(ValueError, match="form: 'cubic'; allowed"):
+            call("cubic", here)
+        with pytest.raises(ValueError, match="points: size is missing; there are"):
+            call("surface", here)
+    with pytest.raises(ValueError, match="points: compute is missing"):
+        law_checks.extrapolation_error("surface", points("surface"))
+    fit = fit_law("floor", **here, resamples=5)
+    with pytest.raises(ValueError, match="candidates and target: compute is missing"):
+        law_checks.next_cell(fit, {"size": np.ones(2)}, {"compute": 1.0})
+    with pytest.raises(ValueError, match="name: 'alpha'; the floor law has A, E, a"):
+        fit.interval("alpha")
+    with pytest.raises(ValueError, match="a floor law has no optimal size"):
+        law_checks.growth_exponents(fit)
+
+
+def test_no_point_of_a_law_without_noise_is_an_outlier():
+    assert not law_checks.outliers("floor", points("floor")).any()
 
 
 def test_extrapolation_of_the_right_law_is_good_and_of_the_wrong_one_is_not():
@@ -180,6 +248,8 @@ def test_isoflop_parabolas_are_biased_as_stated():
         assert vertex / bias == pytest.approx(best, rel=1e-6)
         assert abs(np.log(bias)) < 0.02 if high == 1.1 else True
     assert abs(np.log(bias)) > 0.05  # of the last, off-centre by a factor of four
+    with pytest.raises(ValueError, match="lies outside the sizes, 1e"):
+        law_checks.isoflop_optimum(np.array([1e6, 2e6, 4e6, 8e6]), np.array([3.0, 2.6, 2.35, 2.2]))
     with pytest.raises(ValueError, match="parabola needs 3"):
         law_checks.isoflop_optimum(np.array([1.0, 2.0]), np.array([1.0, 2.0]))
 

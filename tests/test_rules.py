@@ -76,3 +76,27 @@ def test_two_trials_on_the_published_laptop_study():
     table = rules.two_trials(pd.read_csv(PROJECT / "outputs" / "published" / "results.csv"))
     assert len(table) == 19 and table["tried"].map(len).gt(0).all()
     assert table["found"].mean() > 0.7
+
+
+def test_growth_is_not_read_off_an_axis_that_was_not_varied(cells):
+    one_size, one_budget = cells[cells["variant"] == "F0-mini"], cells[cells["epoch_budget"] == 1]
+    for part, name in ((one_size, "forward_macs"), (one_budget, "epoch_budget")):
+        with pytest.raises(ValueError, match=f"cells: a single {name}"):
+            rules.growth(part)
+
+
+def test_two_trials_count_what_diverged_and_only_pre_training(runs):
+    clean = rules.two_trials(runs)
+    tuned = runs[runs["variant"] == "F1-mini"].assign(kind="finetune", heldout_loss=0.01)
+    pd.testing.assert_frame_equal(rules.two_trials(pd.concat([runs, tuned])), clean)
+    cell = clean[clean["tried"].map(len) == 2].iloc[-1]
+    own = (runs["variant"] == cell["variant"]) & (runs["epoch_budget"] == cell["epoch_budget"])
+    for lost in (np.nan, np.inf):
+        broken = runs.copy()
+        broken.loc[own & broken["peak_lr"].isin(cell["proposed"]), "heldout_loss"] = lost
+        after = rules.two_trials(broken).set_index(["variant", "epoch_budget"]).loc[(cell["variant"], cell["epoch_budget"])]
+        assert after["excess"] == np.inf and not after["found"]
+    broken.loc[own, "heldout_loss"] = np.nan
+    assert len(rules.two_trials(broken)) == len(clean) - 1, "a cell without a best rate is no test"
+    with pytest.raises(ValueError, match="runs: 1 learning rate"):
+        rules.two_trials(runs[runs["peak_lr"] == runs["peak_lr"].iloc[0]])

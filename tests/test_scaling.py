@@ -337,3 +337,38 @@ def test_finetune_table_names_what_does_not_fit(runs):
 def test_variant_order():
     names = ["g/14", "F7+-mini", "F3+", "F10", "F3", "F7-mini", "F0", "F3"]
     assert scaling.variant_order(names) == ["F0", "F3", "F3+", "F7-mini", "F7+-mini", "F10", "g/14"]
+
+
+def test_the_floors_interval_covers_as_often_as_it_says():
+    """90 %, also where the floor is known to a hundredth."""
+    generator, compute, hits = np.random.default_rng(0), np.geomspace(1e13, 1e17, 10), 0
+    for _ in range(60):
+        loss = (1.5 + 2 * (compute / 1e13) ** -0.3) * np.exp(0.003 * generator.standard_normal(10))
+        fit = scaling.fit_power_law_with_floor(compute, loss)
+        low, high = fit.floor_interval
+        hits += low <= 1.5 <= high
+        assert low < fit.floor < high and not fit.floor_is_weak
+    assert 0.8 <= hits / 60 <= 0.98
+
+
+@pytest.mark.parametrize("column,value,message", [
+    ("variant", None, "variant is missing in 1 of"),
+    ("epoch_budget", np.nan, "epoch_budget must be above 0, but is nan in 1 of"),
+    ("peak_lr", np.nan, "peak_lr must be above 0, but is nan"),
+    ("train_flops", np.nan, "train_flops must be above 0, but is nan"),
+    ("heldout_loss", -1.0, "heldout_loss must be above 0, but is -1.0 in 1 of"),
+    ("peak_lr", "high", "peak_lr must hold numbers"),
+])  # fmt: skip
+def test_a_row_that_is_no_run_is_named(runs, column, value, message):
+    runs = runs.astype({column: object}) if isinstance(value, str | None) else runs.copy()
+    runs.loc[runs.index[3], column] = value
+    with pytest.raises(ValueError, match=message):
+        scaling.best_per_cell(runs)
+
+
+def test_runs_of_other_recipes_are_no_seeds(runs):
+    other = runs.assign(weight_decay=runs["weight_decay"] + 0.5)
+    with pytest.raises(ValueError, match=r"weight_decay: .* in runs of F0-mini at 0\.25 epochs .* differ in their seed only"):
+        scaling.best_per_cell(pd.concat([runs, other]))
+    twice = scaling.best_per_cell(pd.concat([runs, runs]))
+    assert twice["num_seeds"].max() == scaling.best_per_cell(runs)["num_seeds"].max(), "the same run twice is one seed"

@@ -81,6 +81,13 @@ def test_the_budget_of_a_planted_law_is_read_off_with_its_interval():
         assert found.num_params[1] <= found.num_params[0] <= found.num_params[2]
     assert lines.at(lines.range[1] * 10).decades_away == pytest.approx(1)
     assert "1.0 decades beyond" in lines.at(lines.range[1] * 10).sentence() and lines.at(lines.range[1]).decades_away == 0
+    assert lines.at(lines.range[0] / 100).sentence().endswith("; 2.0 decades below the study's runs.")
+    assert "TPU-v4 core-hours: held-out" in FrontierLines(
+        best_per_cell(runs, compute="tpu_v4_core_hours"), "tpu_v4_core_hours"
+    ).at(1.0).sentence()
+    for wrong in (0, -1.0, np.nan, np.inf):
+        with pytest.raises(ValueError, match=r"compute: .*; allowed: finite and above 0"):
+            lines.at(wrong)
     np.testing.assert_allclose(lines.losses(np.array([1e14]))[:, 0], lines.at(1e14).heldout_loss)
     with pytest.raises(ValueError, match="fewer than 2 of 1 are on the frontier"):
         FrontierLines(best_per_cell(runs).head(1))
