@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nfnet_lib.records import counted
 from nfnet_lib.scaling import UNITS, FrontierResult, variant_order
 from nfnet_lib.study_laws import StudyLaws
 
@@ -16,8 +17,8 @@ def figure1(finetuned: "pd.DataFrame") -> str:
     if finetuned.empty:
         return "No run has been fine-tuned."
     best = finetuned.loc[finetuned["top1_error_percent"].idxmin()]
-    runs, names = _count(len(finetuned), "run"), ", ".join(variant_order(finetuned["variant"]))
-    repeated, epochs = int(finetuned["repeated_augmentation"].sum()), _count(best["epoch_budget"], "epoch")
+    runs, names = counted(len(finetuned), "run"), ", ".join(variant_order(finetuned["variant"]))
+    repeated, epochs = int(finetuned["repeated_augmentation"].sum()), counted(best["epoch_budget"], "epoch")
     return (
         f"Top-1 error after fine-tuning against pre-training compute: {runs} of {names}, {repeated}"
         f" of them with repeated augmentation (filled). Lowest: {best['top1_error_percent']:.3g} %, {best['variant']}"
@@ -33,9 +34,9 @@ def figure2(result: FrontierResult) -> str:
         between = f" (90 % interval {result.interval.low:.3f} to {result.interval.high:.3f})"
     left_out = len(points) - law.num_points
     through = f"the {law.num_points} of them that cost most" if left_out else "these"
-    variants = _count(cells["variant"].nunique(), "variant")
+    variants = counted(cells["variant"].nunique(), "variant")
     return (
-        f"Held-out loss against compute: {_count(len(cells), 'cell')} of {variants}, each at its best learning rate, and the"
+        f"Held-out loss against compute: {counted(len(cells), 'cell')} of {variants}, each at its best learning rate, and the"
         f" {len(points)} that no cheaper one beats (grey band). Dashed: power law through {through} over {result.decades:.2f}"
         f" decades of {UNITS.get(result.compute, result.compute)}, exponent {law.exponent:.3f}{between},"
         + (f" R^2 {law.r_squared:.3f} on log-log axes." if law.num_points > 2 else " exact: a line through two points.")
@@ -49,7 +50,7 @@ def figure3(cells: "pd.DataFrame") -> str:
         return "Every run diverged: there is no best learning rate."
     inside = int(cells["lr_is_interior"].sum())
     shortest, longest = (cells[cells["epoch_budget"] == end(cells["epoch_budget"])] for end in (min, max))
-    first, last = (_count(part["epoch_budget"].iloc[0], "epoch") for part in (shortest, longest))
+    first, last = (counted(part["epoch_budget"].iloc[0], "epoch") for part in (shortest, longest))
     further = f", {_range(longest['best_lr'])} at {last}" if last != first else ""
     return (
         f"Best learning rate of each cell against epochs: {_range(shortest['best_lr'])} at {first}{further}."
@@ -61,8 +62,8 @@ def size_and_data(laws: StudyLaws) -> str:
     """Of `law_plots.size_and_data`."""
     strange = int(laws.cells["outlier"].sum())
     return (
-        f"Held-out loss against training views: {len(laws.cells)} cells and the law of size and data with its 90 % interval,"
-        f" dashed beyond the runs; alpha {_of(laws, 'alpha')}, beta {_of(laws, 'beta')}, floor {_of(laws, 'E')};"
+        f"Held-out loss against training views: {counted(len(laws.cells), 'cell')} and the law of size and data with its 90 %"
+        f" interval, dashed beyond the runs; alpha {_of(laws, 'alpha')}, beta {_of(laws, 'beta')}, floor {_of(laws, 'E')};"
         f" R^2 {laws.surface.r_squared:.3f}. {strange or 'No'} {'cell is' if strange <= 1 else 'cells are'} left unexplained"
         " by the law of the others."
     )
@@ -83,10 +84,6 @@ def published_curves(curves: "pd.DataFrame", laws: "pd.DataFrame") -> str:
         f" Hollow: rows held out, up to {laws['reach'].max():.1f} times further; there the laws are off by"
         f" {missed.min():+.1f} to {missed.max():+.1f} % of the error on average."
     )
-
-
-def _count(number: float | int, what: str) -> str:
-    return f"{number:g} {what}{'' if number == 1 else 's'}"
 
 
 def _of(laws: StudyLaws, name: str) -> str:

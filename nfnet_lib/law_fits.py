@@ -83,7 +83,7 @@ class LawFit(NamedTuple):
     loss_range: tuple[float, float]
 
     def predict(self, **inputs) -> np.ndarray:
-        """Loss at these inputs (numbers or arrays), in the fit's units."""
+        """Loss at these inputs (numbers or arrays), in the fit's units. ValueError for inputs that are not positive."""
         return np.asarray(_natural_loss(self.form, np.array([*self.parameters.values()])[None], inputs)[0])
 
     def predict_interval(self, **inputs) -> tuple[np.ndarray, np.ndarray]:
@@ -387,6 +387,9 @@ def _natural_loss(form: Form, values: np.ndarray, inputs: Mapping) -> np.ndarray
     arrays = dict(zip(inputs, np.broadcast_arrays(*(np.asarray(value, float) for value in inputs.values())), strict=True))
     if set(arrays) != set(form.inputs):
         raise ValueError(f"inputs: {', '.join(arrays) or 'none'}; the {form.name} law takes {', '.join(form.inputs)}")
+    for name, value in arrays.items():
+        if not (np.isfinite(value) & (value > 0)).all():
+            raise ValueError(f"{name} must be finite and positive, but holds {value[~(np.isfinite(value) & (value > 0))][:5]}")
     place = {name: index for index, name in enumerate(form.parameters)}
     shape = (len(values),) + (1,) * next(iter(arrays.values())).ndim
 

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from nfnet_lib.calibration import plan_table, rounded
 from nfnet_lib.flops import num_params
 from nfnet_lib.plot_style import figure_function, label_point, log_axis, new_figure, variant_style
+from nfnet_lib.records import counted
 from nfnet_lib.scaling import FrontierResult
 from nfnet_lib.variants import get_variant
 
@@ -74,8 +75,8 @@ def choice_sentence(plans: "pd.DataFrame", core_hours: float | int, result: Fron
     if best is None:
         return f"No planned run fits {core_hours:,g} core-hours and the slice."
     hours = best["floor_core_hours"] if np.isnan(best["core_hours"]) else best["core_hours"]
-    text = f"{core_hours:,g} core-hours buy {best['variant']} for {best['epoch_budget']:g} epochs: {rounded(hours)} core-hours"
-    text += " at the floor, which no run reaches" if np.isnan(best["core_hours"]) else ", calibrated"
+    text = f"{core_hours:,g} core-hours buy {best['variant']} for {counted(best['epoch_budget'], 'epoch')}: {rounded(hours)}"
+    text += " core-hours" + (" at the floor, which no run reaches" if np.isnan(best["core_hours"]) else ", calibrated")
     if result is None:
         return text + "."
     row = with_losses(best.to_frame().T.infer_objects(), result).iloc[0]

@@ -278,6 +278,11 @@ def results_csv(df: "pd.DataFrame", path: str | os.PathLike) -> None:
     write_bytes(path, df.to_csv(index=False, lineterminator="\n").encode(), overwrite=True)
 
 
+def counted(number: float | int, noun: str) -> str:
+    """The number with its noun: 1 epoch, 0.5 epochs, 20 cells."""
+    return f"{number:g} {noun}{'' if number == 1 else 's'}"
+
+
 def scale(runs: "pd.DataFrame | Mapping[str, Any]") -> str:
     """What a figure of these runs (of `collect`), or of one summary, must say of their scale: "laptop scale" where CPUs ran all
     of them, otherwise the devices ("1 x NVIDIA H100 80GB HBM3"). Records that name no platform are of CPUs."""
@@ -315,7 +320,7 @@ def sentence(summary: Mapping[str, Any]) -> str:
     config = summary["config"]
     did = "pre-trained" if summary["kind"] == "pretrain" else "fine-tuned"
     return (
-        f"{config['variant']} {did} on {config['dataset']} for {config['epoch_budget']:g} epochs of "
+        f"{config['variant']} {did} on {config['dataset']} for {counted(config['epoch_budget'], 'epoch')} of "
         f"{config['examples_per_epoch']:,} images: held-out loss {summary['heldout_loss']:.3f}, "
         f"top-1 {summary['heldout_top1']:.1%}, at {summary['train_flops']:.2g} training FLOPs. Laptop scale."
     )

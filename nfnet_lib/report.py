@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from nfnet_lib import PROJECT, paper
 from nfnet_lib.files import write_json
 from nfnet_lib.locks import exclusive
-from nfnet_lib.records import FAILURE, RecordError, collect, scale
+from nfnet_lib.records import FAILURE, RecordError, collect, counted, scale
 from nfnet_lib.report_pages import finish_site, write_source
 from nfnet_lib.status import failure_message
 
@@ -69,8 +69,8 @@ def answer(records: "pd.DataFrame") -> list[str]:
     first, last = points.iloc[0], points.iloc[-1]
     order = list(dict.fromkeys(points["variant"]))
     sentences.append(
-        f"Along that frontier the best model goes from {first['variant']} at {first['epoch_budget']:g} epochs to "
-        f"{last['variant']} at {last['epoch_budget']:g} epochs; in order of compute the optimal sizes are "
+        f"Along that frontier the best model goes from {first['variant']} at {counted(first['epoch_budget'], 'epoch')} to "
+        f"{last['variant']} at {counted(last['epoch_budget'], 'epoch')}; in order of compute the optimal sizes are "
         f"{', '.join(order)}."
     )
     tuned = finetune_table(records)

@@ -27,6 +27,7 @@ from nfnet_lib.power_law import (
     fit_power_law_with_floor,
     frontier,
 )
+from nfnet_lib.records import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -73,6 +74,11 @@ def variant_order(names: Iterable[str]) -> list[str]:
         return (1, _VITS.index(size), "", name) if size in _VITS else (2, 0, "", name)
 
     return sorted(set(names), key=key)
+
+
+def cell_names(cells: "pd.DataFrame") -> str:
+    """The cells of a table in words."""
+    return ", ".join(f"{row.variant} at {counted(row.epoch_budget, 'epoch')}" for row in cells.itertuples())
 
 
 def pretraining(df: "pd.DataFrame") -> "pd.DataFrame":
@@ -145,8 +151,8 @@ def _refuse_what_is_no_run(runs: "pd.DataFrame", compute: str, loss: str) -> Non
     for (variant, epochs, lr), same in runs.groupby([*CELL, "peak_lr"]) if recipe else ():
         if different := [name for name in recipe if len(same) > 1 and same[name].nunique(dropna=False) > 1]:
             values = ", ".join(map(str, same[different[0]].unique()))
-            raise ValueError(f"{different[0]}: {values} in runs of {variant} at {epochs:g} epochs and rate {lr:g}; runs of one"
-                             " cell and rate may differ in their seed only")  # fmt: skip
+            raise ValueError(f"{different[0]}: {values} in runs of {variant} at {counted(epochs, 'epoch')} and rate {lr:g};"
+                             " runs of one cell and rate may differ in their seed only")  # fmt: skip
 
 
 def _by_variant(table: "pd.DataFrame", *then: str) -> "pd.DataFrame":
@@ -239,7 +245,7 @@ class FrontierResult:
         """The findings in words, every number of them taken from this result."""
         cells, points = self.cells, self.points
         result = [
-            f"{len(points)} of {len(cells)} cells are compute-optimal, from {points[self.loss].iloc[0]:.4g} nats at "
+            f"{len(points)} of {counted(len(cells), 'cell')} are compute-optimal, from {points[self.loss].iloc[0]:.4g} nats at "
             f"{points[self.compute].iloc[0]:.3g} to {points[self.loss].iloc[-1]:.4g} at "
             f"{points[self.compute].iloc[-1]:.3g} {UNITS.get(self.compute, self.compute)}.",
             "Power law: " + self.law.sentence(),
@@ -256,9 +262,8 @@ class FrontierResult:
             result.append(f"{row.variant} is best from {row.compute_from:.3g} to {row.compute_to:.3g}, {end}.")
         edge = cells[~cells["lr_is_interior"]] if "lr_is_interior" in cells else cells[:0]
         if len(edge):
-            names = ", ".join(f"{row.variant} at {row.epoch_budget:g} epochs" for row in edge.itertuples())
             result.append(f"The best learning rate lies at the edge of its grid in {len(edge)} of {len(cells)} cells "
-                          f"({names}): their losses are upper bounds.")  # fmt: skip
+                          f"({cell_names(edge)}): their losses are upper bounds.")  # fmt: skip
         return result + list(self.notes)
 
 
@@ -285,8 +290,7 @@ def frontier_analysis(
     notes = []
     lost = cells[~np.isfinite(cells[loss])]
     if len(lost):
-        names = ", ".join(f"{row.variant} at {row.epoch_budget:g} epochs" for row in lost.itertuples())
-        notes.append(f"Every run diverged in {len(lost)} cell(s), left out: {names}.")
+        notes.append(f"Every run diverged in {counted(len(lost), 'cell')}, left out: {cell_names(lost)}.")
     cells = cells[np.isfinite(cells[loss])].sort_values([compute, loss], kind="stable", ignore_index=True)
     on_frontier = frontier(cells[compute].to_numpy(dtype=float), cells[loss].to_numpy(dtype=float))
     if (found := int(on_frontier.sum())) - skip < 2:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from nfnet_lib.optimum import FrontierLines
 from nfnet_lib.plot_style import figure_function, label_point, log_axis, new_figure, variant_style
 from nfnet_lib.power_law import frontier
-from nfnet_lib.records import read_metrics
+from nfnet_lib.records import counted, read_metrics
 from nfnet_lib.scaling import best_per_cell, finetune_table, variant_order
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Explorer:
         options = [(f"{budget:g}", budget) for budget in budgets]
         rates = [BEST, *(f"{lr:g}" for lr in sorted(runs["peak_lr"].unique()))]
         names = [
-            f"{row.variant}, {row.epoch_budget:g} epochs, peak_lr {row.peak_lr:g} ({row.run_id})"
+            f"{row.variant}, {counted(row.epoch_budget, 'epoch')}, peak_lr {row.peak_lr:g} ({row.run_id})"
             for row in records.itertuples()
         ]
         labelled = list(zip(names, records["run_id"], strict=True))
@@ -138,12 +138,13 @@ class Explorer:
         if table.empty:
             raise ValueError("no fine-tuned run of these variants and epochs")
         best = table.loc[table["top1_error_percent"].idxmin()]
-        text = f"Best: {best['variant']} after {best['epoch_budget']:g} epochs, {best['top1_error_percent']:.2f} % top-1 error"
+        text = f"Best: {best['variant']} after {counted(best['epoch_budget'], 'epoch')},"
+        text += f" {best['top1_error_percent']:.2f} % top-1 error"
         return tuned_figure(table), f"<p>{html.escape(text)}, augmult {best['augmult']}.</p>"
 
     def _two(self) -> tuple[Figure, str]:
         both = self._records.set_index("run_id").loc[[self.first.value, self.second.value]]
-        names = [f"{letter}: {row.variant}, {row.epoch_budget:g} epochs, peak_lr {row.peak_lr:g}"
+        names = [f"{letter}: {row.variant}, {counted(row.epoch_budget, 'epoch')}, peak_lr {row.peak_lr:g}"
                  for letter, row in zip("AB", both.itertuples(), strict=True)]  # fmt: skip
         table = both.reset_index().T
         differs = table.iloc[:, 0].astype(str) != table.iloc[:, 1].astype(str)

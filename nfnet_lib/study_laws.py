@@ -10,7 +10,7 @@ import numpy as np
 
 from nfnet_lib import law_checks, rules
 from nfnet_lib.law_fits import LawFit, TooFew, fit_law
-from nfnet_lib.scaling import CELL, UNITS, _require
+from nfnet_lib.scaling import CELL, UNITS, _require, cell_names
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -120,8 +120,7 @@ class StudyLaws:
             )
         strange = self.cells[self.cells["outlier"]]
         if len(strange):
-            names = ", ".join(f"{row.variant} at {row.epoch_budget:g} epochs" for row in strange.itertuples())
-            result.append(f"The law of the others does not explain: {names}.")
+            result.append(f"The law of the others does not explain: {cell_names(strange)}.")
         return result
 
 

@@ -207,6 +207,8 @@ def test_checks_name_what_is_missing_or_unknown():
         law_checks.next_cell(fit, {"size": np.ones(2)}, {"compute": 1.0})
     with pytest.raises(ValueError, match="name: 'alpha'; the floor law has A, E, a"):
         fit.interval("alpha")
+    with pytest.raises(ValueError, match=r"compute must be finite and positive, but holds \[-1"):
+        fit.predict(compute=[1.0, -1.0])
     with pytest.raises(ValueError, match="a floor law has no optimal size"):
         law_checks.growth_exponents(fit)
 
