@@ -123,7 +123,7 @@ class LawFit(NamedTuple):
                     found[name] = "a floor of zero fits as well"
                 elif high - low > 0.5 * lowest:
                     found[name] = "its interval is wider than half of the lowest loss"
-            elif high > 3 * max(low, 1e-300):
+            elif high > (2 if name in inputs else 3) * max(low, 1e-300):
                 found[name] = f"known to a factor of {high / max(low, 1e-300):.3g} only"
         return found
 
@@ -285,37 +285,36 @@ def _grid_fits(
     row of weights [R, N], by least squares of relative errors: (theta [G, R, P], cost [G, R])."""
     shifts = [np.geomspace(1e-3, 1e3, 13) * inputs[name].min() if shift else [0.0] for _, name, _, shift in form.powers]
     axes = [axis for pair in zip([_EXPONENTS] * len(form.powers), shifts, strict=True) for axis in pair]
-    thetas, costs = [], []
-    for point in np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(axes)):
-        exponents, moved = point[::2], point[1::2]
-        columns = [
-            (inputs[name] + shift) ** -exponent
-            for (_, name, _, _), exponent, shift in zip(form.powers, exponents, moved, strict=True)
-        ]
-        basis = np.column_stack([*columns, *([np.ones_like(loss)] if form.floor else [])])
-        coefficients, cost = _projected(basis / loss[:, None], weights)
-        kept = [s for s, (_, _, _, shift) in zip(moved, form.powers, strict=True) if shift]
-        fixed = np.broadcast_to(np.concatenate([exponents, kept]), (len(weights), len(exponents) + len(kept)))
-        thetas.append(np.log(np.concatenate([np.maximum(coefficients, _TINY * loss.min()), fixed], axis=1)))
-        costs.append(cost)
-    return np.array(thetas), np.array(costs)
+    grid = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(axes))
+    columns = [
+        (inputs[name] + shift[:, None]) ** -exponent[:, None]
+        for (_, name, _, _), exponent, shift in zip(form.powers, grid[:, ::2].T, grid[:, 1::2].T, strict=True)
+    ]
+    basis = np.stack([*columns, *([np.ones_like(columns[0])] if form.floor else [])], -1) / loss[:, None]
+    coefficients, costs = _projected(basis, weights)
+    kept = [1 + 2 * index for index, power in enumerate(form.powers) if power[3]]
+    fixed = grid[:, None, [*range(0, len(axes), 2), *kept]].repeat(len(weights), 1)
+    return np.log(np.concatenate([np.maximum(coefficients, _TINY * loss.min()), fixed], axis=-1)), costs
 
 
 def _projected(basis: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Non-negative least squares of 1 = basis [N, K] @ coefficients for each row of weights [R, N], by trying every set of
-    coefficients that are not 0: (coefficients [R, K], cost [R])."""
-    gram, hits = np.einsum("rn,nk,nl->rkl", weights, basis, basis), weights @ basis
-    count = basis.shape[1]
-    best, cost = np.zeros(hits.shape), weights.sum(1)
+    """Non-negative least squares of 1 = basis [G, N, K] @ coefficients for each row of weights [R, N], by trying every set of
+    coefficients that are not 0: (coefficients [G, R, K], cost [G, R])."""
+    gram, hits = np.einsum("rn,gnk,gnl->grkl", weights, basis, basis, optimize=True), np.matmul(weights, basis)
+    best, total = np.zeros(hits.shape), weights.sum(1)
+    cost = np.broadcast_to(total, hits.shape[:2]).copy()
+    count = basis.shape[-1]
     for chosen in itertools.chain(*(itertools.combinations(range(count), size) for size in range(1, count + 1))):
         part = np.array(chosen)
-        own = gram[:, part[:, None], part]
-        ridge = 1e-12 * np.einsum("rkk->r", own)[:, None, None] * np.eye(len(part))
-        found = np.linalg.solve(own + ridge, hits[:, part, None])[..., 0]
-        value = weights.sum(1) - (found * hits[:, part]).sum(1)
-        better = (found >= 0).all(1) & (value < cost)
-        best[better], cost[better] = 0.0, value[better]
-        best[np.flatnonzero(better)[:, None], part] = found[better]
+        own = gram[..., part[:, None], part]
+        ridge = 1e-12 * np.einsum("grkk->gr", own)[..., None, None] * np.eye(len(part))
+        found = np.linalg.solve(own + ridge, hits[..., part, None])[..., 0]
+        value = total - (found * hits[..., part]).sum(-1)
+        better = (found >= 0).all(-1) & (value < cost)
+        cost[better] = value[better]
+        chosen_only = np.zeros(hits.shape)
+        chosen_only[..., part] = found
+        best[better] = chosen_only[better]
     return best, cost
 
 

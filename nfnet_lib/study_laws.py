@@ -96,10 +96,13 @@ class StudyLaws:
         return result + list(self.notes)
 
     def _of_surface(self) -> list[str]:
-        loose = [name for name in ("alpha", "beta") if name in self.surface.weak()]
+        weak = self.surface.weak()
+        loose = [name for name in ("alpha", "beta") if name in weak]
         if loose:
             names = " and ".join(_MEANS[name] for name in loose)
             grown = f"These runs do not tell how the loss falls with {names} by itself: no best size is read off this law."
+        elif "E" in weak:  # another floor has other exponents
+            grown = "These runs do not tell the floor, and the exponents with it: no best size is read off this law."
         else:
             grown = "By this law the best size grows as compute^{:.2f} ({:.2f} to {:.2f}), and views as".format(
                 *law_checks.growth_exponents(self.surface)["size"]

@@ -62,12 +62,12 @@ def test_sentences_change_with_the_runs():
     text = " ".join(strange.sentences())
     assert "does not explain: F3-mini at 4 epochs, F7-mini at 8 epochs." in text
     alpha = strange.surface.parameters["alpha"]
-    assert f"alpha = {alpha:.4g}" in text and "By this law the best size grows as compute^" in text
+    assert f"alpha = {alpha:.4g}" in text
     other = planted(seed=5)
     other = study_laws.study_laws(scaling.best_per_cell(other), other, resamples=100)
-    assert " ".join(other.sentences()) != text and f"alpha = {other.surface.parameters['alpha']:.4g}" in " ".join(
-        other.sentences()
-    )
+    said = " ".join(other.sentences())
+    assert said != text and f"alpha = {other.surface.parameters['alpha']:.4g}" in said
+    assert "By this law the best size grows as compute^" in said
 
 
 def test_runs_that_say_nothing_of_size_are_said_to():
@@ -113,3 +113,15 @@ def test_what_the_runs_do_not_allow_is_left_out_with_a_note():
     text = " ".join(study_laws.study_laws(scaling.best_per_cell(hours, compute="core_hours"), hours, "core_hours",
                                           resamples=20).sentences())  # fmt: skip
     assert "core-hours on" in text and "training FLOPs" not in text
+
+
+def test_no_best_size_is_read_off_a_law_whose_floor_is_not_known():
+    """Small noisy studies of a law with a floor: what is claimed of growth is right, and where it is not known nothing is."""
+    claims = 0
+    for seed in range(8):
+        runs = planted(noise=0.02, seed=seed)
+        laws = study_laws.study_laws(scaling.best_per_cell(runs), runs, resamples=50)
+        claimed = "By this law the best size grows" in " ".join(laws.sentences())
+        assert claimed == (not {"alpha", "beta", "E"} & set(laws.surface.weak()))
+        claims += claimed
+    assert claims < 8
