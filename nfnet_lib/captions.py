@@ -54,7 +54,8 @@ def figure3(cells: "pd.DataFrame") -> str:
     further = f", {_range(longest['best_lr'])} at {last}" if last != first else ""
     return (
         f"Best learning rate of each cell against epochs: {_range(shortest['best_lr'])} at {first}{further}."
-        f" {inside} of {len(cells)} have a worse rate tried on either side; hollow marks lie at the edge of what was tried."
+        f" {inside} of {len(cells)} {'has' if inside == 1 else 'have'} a worse rate tried on either side; hollow marks lie at"
+        " the edge of what was tried."
     )
 
 
