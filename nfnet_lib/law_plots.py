@@ -27,7 +27,7 @@ def size_and_data(laws: StudyLaws, beyond: float | int = 4, note: str | None = L
     views = cells["images_seen"].to_numpy(float)
     log_axis(axes.xaxis, np.append(views, beyond * views.max()), room=(0.06, 0.16))
     everywhere = laws.surface.predict(size=cells["forward_macs"].max(), data=beyond * views.max())
-    log_axis(axes.yaxis, np.append(cells[laws.loss], everywhere), room=(0.06, 0.06))
+    log_axis(axes.yaxis, np.append(cells[laws.loss], everywhere), room=(0.14, 0.06))
     for name in variant_order(cells["variant"]):
         part, style = cells[cells["variant"] == name], variant_style(name)
         axes.plot(part["images_seen"], part[laws.loss], linestyle="", marker=style["marker"], color=style["color"],
