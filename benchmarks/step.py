@@ -33,7 +33,7 @@ def jax_passes(variant: str, batch: int, side: int, form: str) -> dict:
     from nfnet_lib.losses import softmax_cross_entropy
 
     model = models.create(variant, CLASSES)
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     images = jax.random.normal(jax.random.key(1), (batch, side, side, 3))
     labels = jnp.arange(batch)[:, None] % CLASSES
 

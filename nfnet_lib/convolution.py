@@ -95,16 +95,14 @@ def narrowed(weights: dict, dtype) -> dict:
 
 
 def _fan_in_sums(x: Float[Array, "*D F O"]) -> Float[Array, "*D 1 O"]:
-    """Sums over the fan-in; on CPU as products with a matrix of ones, which XLA runs faster than its reductions (LOG.md).
-
-    In two halves where that goes: a product with a vector is fused with what makes its operand and then runs on one core.
-    """
+    """Sums over the fan-in. On CPU first of eight equal parts, where there are, which XLA fuses with what makes x, then as a
+    product with ones: of x as a whole it would write down what it sums, and its reductions are slower (LOG.md)."""
+    *lead, fan_in, outputs = x.shape
     if backend() != "cpu":
         return x.sum(-2, keepdims=True)
-    *lead, fan_in, outputs = x.shape
-    halves = 2 - fan_in % 2
-    ones = jnp.ones((*lead, halves, 1, fan_in // halves), x.dtype)
-    return (ones @ x.reshape(*lead, halves, -1, outputs)).sum(-3)
+    count = next(count for count in (8, 9, 3, 1) if fan_in % count == 0)
+    parts = x.reshape(*lead, count, -1, outputs)
+    return jnp.ones((*lead, 1, fan_in // count), x.dtype) @ sum(parts[..., i, :, :] for i in range(count))
 
 
 def convolve(
@@ -115,7 +113,7 @@ def convolve(
     if form != "lax" and w.shape[:2] == (1, 1) and stride == 1:
         return x @ w[0, 0]
     if form == "patches":
-        return patches_convolve(x, w, stride, groups)
+        return rows_convolve(x, w) if stride == groups == 1 else patches_convolve(x, w, stride, groups)
     return jax.lax.conv_general_dilated(
         x, w, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups
     )
@@ -174,6 +172,24 @@ def patches_convolve(
     w = w.reshape(-1, groups, outputs // groups).transpose(1, 0, 2)  # [G, T*I/G, O/G]
     out = patches @ w  # [G, B*H2*W2, O/G]
     return out.reshape(groups, batch, out_h, out_w, -1).transpose(1, 2, 3, 0, 4).reshape(batch, out_h, out_w, outputs)
+
+
+def rows_convolve(x: Float[Array, "B H W I"], w: Float[Array, "KH KW I O"]) -> Float[Array, "B H W O"]:
+    """The same convolution with stride 1 and one group: patches of one row, times the weights of all rows of the kernel.
+
+    What they make of each row of the map is then added, shifted: a third of the patches is written. To lay all taps side by
+    side took longer than their product (LOG.md).
+    """
+    batch, height, width, _ = x.shape
+    rows, top, bottom = _taps(height, w.shape[0], 1)
+    columns, left, right = _taps(width, w.shape[1], 1)
+    x = jnp.pad(x.transpose(1, 0, 2, 3), ((top, bottom), (0, 0), (left, right), (0, 0)))  # rows first: shifts are whole slices
+    patches = jnp.concatenate([x[:, :, column : column + width] for _, column in columns], -1)
+    w = w[rows[0][0] : rows[-1][0] + 1, columns[0][0] : columns[-1][0] + 1]
+    w = w.reshape(len(rows), -1, w.shape[-1]).transpose(1, 0, 2)  # [T*I, rows, O]
+    out = patches.reshape(-1, len(w)) @ w.reshape(len(w), -1)
+    taps = jnp.split(out.reshape(len(patches), batch, width, -1), len(rows), -1)
+    return sum(tap[row : row + height] for tap, (_, row) in zip(taps, rows, strict=True)).transpose(1, 0, 2, 3)
 
 
 def _taps(size: int, kernel: int, stride: int) -> tuple[list[tuple[int, int]], int, int]:

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from nfnet_lib import convolution
-from nfnet_lib.nfnet import WHOLE, NFNet, Part
+from nfnet_lib.nfnet import WHOLE, NFNet, Part, standardised_before
 from nfnet_lib.remat import REMAT
 from nfnet_lib.variants import (
     BOTTLENECK_RULES,
@@ -70,13 +70,18 @@ class Model:
         return self._network(self.narrowed(self.standardised(params)), images, **options)
 
     def standardised(self, params: Params) -> Params:
-        """The parameters with convolutions' weights standardised, float32 (`convolution.standardised`); a ViT's as they are."""
+        """The parameters with convolutions' weights standardised, float32 (`convolution.standardised`).
+
+        As they are where the network does that itself (`nfnet.standardised_before`), and a ViT's.
+        """
+        if self.variant.family != "NFNet" or not standardised_before():
+            return params
         with jax.named_scope("weights"):
-            return convolution.standardised(params) if self.variant.family == "NFNet" else params
+            return convolution.standardised(params)
 
     def narrowed(self, weights: Params) -> Params:
         """Standardised weights in the activations' type but for the head's: half the bytes to send to other devices."""
-        if self.variant.family != "NFNet":
+        if self.variant.family != "NFNet" or not standardised_before():
             return weights
         return convolution.narrowed(weights, self.settings.get("dtype", jnp.float32))
 
@@ -84,7 +89,7 @@ class Model:
         self, weights: Params, images: Float[Array, "B H W 3"], *, train: bool = False, key: Key[Array, ""] | None = None,
         part: Part = WHOLE,
     ) -> Float[Array, "B K"]:  # fmt: skip
-        """`apply` with standardised weights. part: (which, of how many) equal parts of a batch the images are."""
+        """`apply` with weights of `standardised`. part: (which, of how many) equal parts of a batch the images are."""
         return self._network(weights, images, train=train, key=key, part=part)[0]
 
     def _network(self, weights: Params, images: Array, **options):

@@ -8,7 +8,8 @@ How this differs from the release, none of it in the numbers:
   only says how each parameter is drawn (`parameter`): `models.Model.init` draws all of them at once.
 - "+" variants: the first stage's bottleneck is as published (192 channels), the released code's (128) is a setting.
 - Convolutions are computed as the backend likes them (`convolution.py`): same parameters, same results to rounding.
-- All weights are standardised at once, before the network, so that many devices can share that work (`step.py`).
+- All weights are standardised at once, before the network, so that many devices can share that work (`step.py`); on a CPU
+  each where it is used, while it is in the cache (LOG.md).
 - A block's squeeze-excite takes the mean of its last convolution's input, which is the mean of its output, convolved; so gate,
   gain and shortcut are applied where that convolution is computed, and its own output is never written.
 - Weight standardisation and the head run in float32 whatever the activations' type.
@@ -25,7 +26,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
-from nfnet_lib.convolution import average_pool, backend, convolve, packed_padding, packed_weights
+from nfnet_lib.convolution import average_pool, backend, convolve, packed_padding, packed_weights, standardise_weight
 from nfnet_lib.remat import rematerialised, scan_recomputing
 from nfnet_lib.variants import ALPHA, BY_STAGE, STAGE_STRIDES, STEM_CHANNELS, Variant
 
@@ -70,8 +71,13 @@ def parameter(shape: tuple[int, ...], *, std: float = 0.0, mean: float = 0.0) ->
     return nnx.Param(jnp.full(shape, mean, jnp.float32), std=std, mean=mean)
 
 
+def standardised_before() -> bool:
+    """Whether the network is given standardised weights, rather than standardising each where it is used."""
+    return backend() != "cpu"
+
+
 class ScaledWSConv(nnx.Module):
-    """Convolution, SAME padding, with a bias for each output channel; its weights have been through `standardised`."""
+    """Convolution, SAME padding, with a bias for each output channel; `standardised_before` says where its weights are made."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, *, stride: int = 1, groups: int = 1):
         shape = (kernel, kernel, inputs // groups, outputs)
@@ -80,12 +86,20 @@ class ScaledWSConv(nnx.Module):
         self.bias = parameter((outputs,))
         self.stride, self.groups = stride, groups
 
+    def weights(self, dtype) -> Float[Array, "K K IG O"]:
+        """Standardised, in this type."""
+        w = self.w[...]
+        if not standardised_before():
+            with jax.named_scope("weights"):
+                w = standardise_weight(w, self.gain[...])
+        return w.astype(dtype)
+
     def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B H2 W2 O"]:
-        return convolve(x, self.w[...].astype(x.dtype), self.stride, self.groups) + self.bias[...].astype(x.dtype)
+        return convolve(x, self.weights(x.dtype), self.stride, self.groups) + self.bias[...].astype(x.dtype)
 
     def packed(self, x: Float[Array, "B H W I"], before: int, after: int) -> Float[Array, "B H2 W2 O2"]:
         """The same between packed maps (`packed_weights`)."""
-        w = packed_weights(self.w[...].astype(x.dtype), self.stride, before, after)
+        w = packed_weights(self.weights(x.dtype), self.stride, before, after)
         stride = self.stride * after if before == 1 else 1
         padding = packed_padding(len(self.w[...]), self.stride, before, after)
         out = jax.lax.conv_general_dilated(
@@ -173,7 +187,7 @@ class Block(nnx.Module):
 
     def gate(self, pooled: Float[Array, "B N"]) -> Float[Array, "B O"]:
         """What squeeze-excite multiplies the branch with. The mean of a 1x1 convolution is that of its input, convolved."""
-        w, bias = self.conv2.w[0, 0].astype(pooled.dtype), self.conv2.bias[...].astype(pooled.dtype)
+        w, bias = self.conv2.weights(pooled.dtype)[0, 0], self.conv2.bias[...].astype(pooled.dtype)
         return self.squeeze_excite(pooled @ w + bias) * 2
 
     def leave(
@@ -185,7 +199,7 @@ class Block(nnx.Module):
         if drop_mask is not None:
             scale = scale * drop_mask[:, 0, 0].astype(out.dtype)
         scale = scale[:, None, None]
-        branch = convolve(activation(out), self.conv2.w[...].astype(out.dtype), 1, 1)
+        branch = convolve(activation(out), self.conv2.weights(out.dtype), 1, 1)
         return shortcut + branch * scale + self.conv2.bias[...].astype(out.dtype) * scale
 
 

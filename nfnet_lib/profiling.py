@@ -144,9 +144,9 @@ def operation_table(
 
 
 def part_of(op_name: str) -> str:
-    """The part of the step that an operation comes from, of PARTS, or "other"."""
+    """The part of the step that an operation comes from, of PARTS, or "other". Weight standardisation anywhere is "weights"."""
     words = re.split(r"[/()]", op_name)
-    return next((word for word in words if word in PARTS), "other")
+    return "weights" if "weights" in words else next((word for word in words if word in PARTS), "other")
 
 
 def pass_of(op_name: str) -> str:

@@ -21,10 +21,11 @@ from nfnet_lib.convolution import (
     packed_weights,
     patches_convolve,
     standardise_weight,
+    standardised,
     using,
 )
 from nfnet_lib.losses import softmax_cross_entropy
-from nfnet_lib.nfnet import GELU_SCALE, Stage, activation
+from nfnet_lib.nfnet import GELU_SCALE, Stage, activation, standardised_before
 from nfnet_lib.optim import make_optimizer
 from nfnet_lib.pretrained import released_names
 from nfnet_lib.variants import VARIANTS, get_variant
@@ -138,12 +139,13 @@ def test_unroll_changes_neither_layout_nor_result():
     np.testing.assert_allclose(jitted(one)(params, images), jitted(all_)(params, images), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "size,stride,groups,kernel", [(7, 1, 2, 3), (8, 2, 4, 3), (5, 2, 2, 3), (1, 1, 2, 3), (2, 1, 2, 3), (3, 2, 1, 1)]
-)
-def test_grouped_convolution_is_the_convolution(size, stride, groups, kernel):
+@pytest.mark.parametrize("size,stride,groups,kernel", [
+    (7, 1, 2, 3), (8, 2, 4, 3), (5, 2, 2, 3), (1, 1, 2, 3), (2, 1, 2, 3), (3, 2, 1, 1), (7, 1, 1, 3), (2, 1, 1, 3),
+    (1, 1, 1, 3), (5, 1, 1, 2), (6, 2, 1, 3),
+])  # fmt: skip
+def test_every_form_of_a_convolution_is_the_convolution(size, stride, groups, kernel):
     rng = np.random.default_rng(size)
-    x = jnp.asarray(rng.standard_normal((2, size, size, 8)), jnp.float32)
+    x = jnp.asarray(rng.standard_normal((2, size, size + 3, 8)), jnp.float32)
     w = jnp.asarray(rng.standard_normal((kernel, kernel, 8 // groups, 12)), jnp.float32)
 
     def library(x, w):
@@ -272,9 +274,15 @@ def stage_gradient(remat="none", unroll=1, masked=True, backend="cpu"):
     state = jax.tree.unflatten(structure, [jax.random.normal(k, p.shape) for k, p in zip(keys, leaves, strict=True)])
     x, masks = jax.random.normal(jax.random.key(1), (3, 8, 8, 8)), jnp.ones((4, 3, 1, 1, 1)).at[2, 1].set(0)
     masks = masks if masked else None
-    gradient = jax.value_and_grad(lambda state, x: jnp.sum(nnx.merge(graphdef, state)(x, masks)[0] ** 2), (0, 1))
+
+    def loss(state, x):
+        if standardised_before():
+            weights = standardised(nnx.to_pure_dict(state))
+            state = jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(weights))
+        return jnp.sum(nnx.merge(graphdef, state)(x, masks)[0] ** 2)
+
     with for_backend(backend):
-        return jax.jit(gradient)(state, x)
+        return jax.jit(jax.value_and_grad(loss, (0, 1)))(state, x)
 
 
 @pytest.mark.parametrize("settings", [("none",), ("convs",), ("convs", 2), ("convs", 1, False), ("entry", 3), ("full",)])
