@@ -250,7 +250,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--topology", default="v4:2x2x1", help="generation and sides of the slice (default: v4:2x2x1)")
     sub.add_argument("--classes", type=int, default=1000, help="of the head (default: 1000)")
     sub.add_argument("--resolution", type=int, default=224, help="in pixels (default: 224)")
-    sub.add_argument("--remat", default="by_stage", choices=["none", "convs", "entry", "full", "by_stage"],
+    sub.add_argument("--remat", default="by_stage", choices=["none", "convs", "middle", "entry", "full", "by_stage"],
                      help="what the backward pass computes again (default: what costs fewest cycles)")  # fmt: skip
     sub.add_argument("--sharding", default="fsdp", choices=["replicated", "fsdp"], help="of the training state")
     sub.add_argument("--bottleneck-rule", default="published", choices=["published", "released"],

@@ -95,9 +95,9 @@ class RunConfig(BaseModel):
     sharding: Literal["replicated", "fsdp"] = Field(
         "replicated", description="of parameters and optimizer state; fsdp: split over the devices"
     )
-    remat: Literal["none", "convs", "entry", "full", "by_stage"] = Field(
+    remat: Literal["none", "convs", "middle", "entry", "full", "by_stage"] = Field(
         "none",
-        description="what the backward pass computes again; entry and convs keep convolutions, by_stage suits TPU v4",
+        description="what the backward pass computes again; entry, middle and convs keep convolutions, by_stage suits TPU v4",
     )
     unroll: int = Field(1, ge=1, description="blocks a scan step")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of the initialisation, the data order and the noise")

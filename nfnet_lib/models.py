@@ -113,10 +113,10 @@ def create(name: str, num_classes: int | None = None, **settings: Any) -> Model:
 
     settings: stochdepth_rate, drop_rate (rates in [0, 1), default 0), dtype of the activations (default float32), unroll
     (blocks a scan step), remat (what the backward pass computes again of a block: "none", "convs": all but the convolutions,
-    "entry": all but the first of them, "full": everything, "by_stage": what costs fewest cycles on TPU v4); of NFNets
-    bottleneck_rule ("published" | "released"); of ViTs image_size (pixels, of the learned position grid), pool ("gap" | "map"
-    | "tok", default as published), position ("learned" | "sincos2d"). ValueError for an unknown name, a setting that the
-    family does not have, or a value out of range.
+    "middle" and "entry": all but the first two or one of them, "full": everything, "by_stage": what costs fewest cycles on TPU
+    v4, see `remat.by_stage`); of NFNets bottleneck_rule ("published" | "released"); of ViTs image_size (pixels, of the learned
+    position grid), pool ("gap" | "map" | "tok", default as published), position ("learned" | "sincos2d"). ValueError for an
+    unknown name, a setting that the family does not have, or a value out of range.
     """
     variant = get_variant(name)
     if isinstance(name, LoadedVariant):

@@ -27,8 +27,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
 from nfnet_lib.convolution import average_pool, backend, convolve, packed_padding, packed_weights, standardise_weight
-from nfnet_lib.remat import rematerialised, scan_recomputing
-from nfnet_lib.variants import ALPHA, BY_STAGE, STAGE_STRIDES, STEM_CHANNELS, Variant
+from nfnet_lib.remat import KEPT, by_stage, gradients_together, rematerialised, scan_recomputing
+from nfnet_lib.variants import ALPHA, STAGE_STRIDES, STEM_CHANNELS, Variant
 
 GELU_SCALE = 1.7015043497085571  # makes gelu variance-preserving on unit Gaussians (nfnets/base.py nonlinearities)
 GELU_LINEAR = math.sqrt(2 / math.pi)  # of tanh's argument
@@ -97,6 +97,12 @@ class ScaledWSConv(nnx.Module):
     def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B H2 W2 O"]:
         return convolve(x, self.weights(x.dtype), self.stride, self.groups) + self.bias[...].astype(x.dtype)
 
+    def by_group(self, x: Float[Array, "B H W I"], groups: int) -> Float[Array, "B H W G O"]:
+        """A 1x1 convolution whose output's channels lie in groups."""
+        w, bias = self.weights(x.dtype), self.bias[...].astype(x.dtype)
+        out = jnp.einsum("bhwi,igo->bhwgo", x, w.reshape(w.shape[2], groups, -1))
+        return out + bias.reshape(groups, -1)
+
     def packed(self, x: Float[Array, "B H W I"], before: int, after: int) -> Float[Array, "B H2 W2 O2"]:
         """The same between packed maps (`packed_weights`)."""
         w = packed_weights(self.weights(x.dtype), self.stride, before, after)
@@ -160,23 +166,26 @@ class Block(nnx.Module):
         """
         out, shortcut = self.enter(x, beta)
         out = self.middle(checkpoint_name(out, "entry"))
-        out = checkpoint_name(self.last(checkpoint_name(out, "conv")), "conv")
-        pooled = checkpoint_name(self.pooled(out), "conv")
+        out = checkpoint_name(self.last(checkpoint_name(out, "middle")), "last")
+        pooled = checkpoint_name(self.pooled(out), "pooled")
         x = self.leave(shortcut, out, pooled, drop_mask)
         if not signals:
             return x, None
-        branch = self.conv2(activation(out)) * self.gate(pooled)[:, None, None]
+        branch = self.conv2(activation(out)) * self.gate(pooled, self.conv2.weights(out.dtype))[:, None, None]
         return x, signal_figures(x, jnp.mean(jnp.var(branch, axis=(0, 1, 2))))
 
     def enter(self, x: Float[Array, "B H W I"], beta: float | Float[Array, ""]) -> tuple[Array, Array]:
-        """The first convolution's output, and the shortcut."""
+        """The first convolution's output, [B, H, W, N] or, on TPU, by groups [B, H, W, G, N / G], and the shortcut."""
         out = activation(x, beta)
         if self.transition:
             x = self.conv_shortcut(average_pool(out) if self.stride > 1 else out)
+        if backend() == "tpu" and self.conv1.groups > 1:  # laid out by groups, or the grouped convolution copies it (LOG.md)
+            return self.conv0.by_group(out, self.conv1.groups), x
         return self.conv0(out), x
 
-    def middle(self, out: Float[Array, "B H W N"]) -> Float[Array, "B H2 W2 N"]:
-        return self.conv1(activation(out))
+    def middle(self, out: Float[Array, "B H W *N"]) -> Float[Array, "B H2 W2 N"]:
+        out = activation(out)
+        return self.conv1(out.reshape(*out.shape[:3], -1))
 
     def last(self, out: Float[Array, "B H2 W2 N"]) -> Float[Array, "B H2 W2 N"]:
         return self.conv1b(activation(out))
@@ -185,22 +194,26 @@ class Block(nnx.Module):
         """Spatial mean of the input of the last 1x1 convolution."""
         return activation(out).mean((1, 2))
 
-    def gate(self, pooled: Float[Array, "B N"]) -> Float[Array, "B O"]:
-        """What squeeze-excite multiplies the branch with. The mean of a 1x1 convolution is that of its input, convolved."""
-        w, bias = self.conv2.weights(pooled.dtype)[0, 0], self.conv2.bias[...].astype(pooled.dtype)
-        return self.squeeze_excite(pooled @ w + bias) * 2
+    def gate(self, pooled: Float[Array, "B N"], w: Float[Array, "1 1 N O"]) -> Float[Array, "B O"]:
+        """What squeeze-excite multiplies the branch with; w: of the last convolution.
+
+        The mean of a 1x1 convolution is that of its input, convolved.
+        """
+        return self.squeeze_excite(pooled @ w[0, 0] + self.conv2.bias[...].astype(pooled.dtype)) * 2
 
     def leave(
         self, shortcut: Float[Array, "B H2 W2 O"], out: Float[Array, "B H2 W2 N"], pooled: Float[Array, "B N"],
         drop_mask: Float[Array, "B 1 1 1"] | None,
     ) -> Float[Array, "B H2 W2 O"]:  # fmt: skip
         """The branch's last convolution, gated, on top of the shortcut: one pass over the map, all factors in one."""
-        scale = self.gate(pooled) * (ALPHA * self.skip_gain[...]).astype(out.dtype)
+        w = self.conv2.weights(out.dtype)
+        if backend() == "tpu":
+            shortcut, w = gradients_together(shortcut, w)
+        scale = self.gate(pooled, w) * (ALPHA * self.skip_gain[...]).astype(out.dtype)
         if drop_mask is not None:
             scale = scale * drop_mask[:, 0, 0].astype(out.dtype)
         scale = scale[:, None, None]
-        branch = convolve(activation(out), self.conv2.weights(out.dtype), 1, 1)
-        return shortcut + branch * scale + self.conv2.bias[...].astype(out.dtype) * scale
+        return shortcut + convolve(activation(out), w, 1, 1) * scale + self.conv2.bias[...].astype(out.dtype) * scale
 
 
 class Stage(nnx.Module):
@@ -212,7 +225,7 @@ class Stage(nnx.Module):
 
     def __init__(
         self, inputs: int, outputs: int, bottleneck: int, depth: int, *,
-        groups: int, stride: int, first_beta: float, unroll: int, remat: str,
+        groups: int, stride: int, first_beta: float,
     ):  # fmt: skip
         self.first = Block(inputs, outputs, bottleneck, groups=groups, stride=stride, transition=True)
         if depth > 1:
@@ -220,7 +233,7 @@ class Stage(nnx.Module):
             graphdef, state = nnx.split(block)
             stacked = jax.tree.map(lambda p: jnp.broadcast_to(p, (depth - 1, *p.shape)), state)
             self.rest = nnx.merge(graphdef, stacked)
-        self.depth, self.unroll, self.remat = depth, unroll, remat
+        self.depth = depth
         self.betas = (first_beta, *((1 + ALPHA**2 * i) ** -0.5 for i in range(1, depth)))
 
     @property
@@ -229,46 +242,43 @@ class Stage(nnx.Module):
         return (1 + ALPHA**2 * self.depth) ** -0.5
 
     def __call__(
-        self, x: Float[Array, "B H W I"], drop_masks: Float[Array, "D B 1 1 1"] | None, signals: bool = False
-    ) -> tuple[Float[Array, "B H2 W2 O"], Float[Array, "D 3"] | None]:
-        """Output and, with signals, the figures of each block."""
+        self, x: Float[Array, "B H W I"], drop_masks: Float[Array, "D B 1 1 1"] | None, *, unroll: int, remat: str,
+        signals: bool = False,
+    ) -> tuple[Float[Array, "B H2 W2 O"], Float[Array, "D 3"] | None]:  # fmt: skip
+        """Output and, with signals, the figures of each block. unroll, remat: of `models.create`."""
         graphdef, state = nnx.split(self.first)
-        first = rematerialised(lambda state, *inputs: nnx.merge(graphdef, state)(*inputs, signals), self.remat)
+        first = rematerialised(lambda state, *inputs: nnx.merge(graphdef, state)(*inputs, signals), remat)
         x, figures = first(state, x, jnp.float32(self.betas[0]), None if drop_masks is None else drop_masks[0])
         if self.depth == 1:
             return x, figures[None] if signals else None
         graphdef, state = nnx.split(self.rest)
         betas, masks = jnp.asarray(self.betas[1:], jnp.float32), None if drop_masks is None else drop_masks[1:]
-        unroll = min(self.unroll, self.depth - 1)
+        unroll = min(unroll, self.depth - 1)
         # On CPU keeping everything takes longer than computing activations again: an ordinary scan's stacks are slow (LOG.md).
-        remat = "convs" if self.remat == "none" and backend() == "cpu" else self.remat
-        if remat in PARTS and not signals:
-            parts = tuple(functools.partial(_run_part, graphdef, names) for names in PARTS[remat])
-            return scan_recomputing(parts, unroll, state, x, (betas, masks)), None
-        rest = rematerialised(lambda state, *inputs: nnx.merge(graphdef, state)(*inputs, signals), self.remat)
+        remat = "convs" if remat == "none" and backend() == "cpu" else remat
+        if remat in KEPT and not signals:
+            steps = tuple(functools.partial(_run_step, graphdef, name) for name in STEPS)
+            return scan_recomputing(steps, KEPT[remat], unroll, state, x, (betas, masks)), None
+        rest = rematerialised(lambda state, *inputs: nnx.merge(graphdef, state)(*inputs, signals), remat)
         scanned = (state, betas, masks)
         x, others = jax.lax.scan(lambda x, own: rest(own[0], x, *own[1:]), x, scanned, unroll=unroll)
         return x, jnp.concatenate([figures[None], others]) if signals else None
 
 
-PARTS = {  # of a block, by `remat`: the input of each is kept
-    "full": (("enter", "middle", "last", "leave"),),
-    "entry": (("enter",), ("middle", "last", "leave")),
-    "convs": (("enter",), ("middle",), ("last",), ("leave",)),
-}
+STEPS = ("enter", "middle", "last", "leave")  # of a block
 
 
-def _run_part(graphdef, names: tuple[str, ...], params, x, out, beta, mask):
-    """These steps of a block: `scan_recomputing`'s part."""
+def _run_step(graphdef, name: str, params, x, before, beta, mask):
+    """A step of a block: `scan_recomputing`'s."""
     block = nnx.merge(graphdef, params)
-    for name in names:
-        if name == "enter":
-            out = block.enter(x, beta)[0]
-        elif name == "leave":
-            out = block.leave(x, out, block.pooled(out), mask)
-        else:
-            out = getattr(block, name)(out)
-    return out
+    if name == "enter":
+        return {"entry": block.enter(x, beta)[0]}
+    if name == "middle":
+        return {"middle": block.middle(before["entry"])}
+    if name == "last":
+        out = block.last(before["middle"])
+        return {"last": out, "pooled": block.pooled(out)}
+    return block.leave(x, before["last"], before["pooled"], mask)
 
 
 def signal_figures(x: Float[Array, "... C"], branch_variance: Float[Array, ""]) -> Float[Array, "3"]:
@@ -299,14 +309,25 @@ class NFNet(nnx.Module):
         for index, (width, depth, stride) in enumerate(zip(variant.width, variant.depth, STAGE_STRIDES, strict=True)):
             stage = Stage(
                 channels, width, variant.bottleneck(index, bottleneck_rule), depth,
-                groups=variant.groups(index), stride=stride, first_beta=beta, unroll=unroll,
-                remat=BY_STAGE[index] if remat == "by_stage" else remat,
+                groups=variant.groups(index), stride=stride, first_beta=beta,
             )  # fmt: skip
             setattr(self, f"stage{index}", stage)
             channels, beta = width, stage.final_beta
         self.final_conv = ScaledWSConv(channels, 2 * channels, 1)
         self.head = Linear(2 * channels, num_classes, std=0.01)
         self.drop_rate, self.stochdepth_rate, self.dtype = drop_rate, stochdepth_rate, dtype
+        self.variant, self.bottleneck_rule, self.unroll, self.remat = variant, bottleneck_rule, unroll, remat
+
+    def plan_stages(self, images: int, height: int, width: int) -> list[tuple[int, str]]:
+        """(unroll, remat) of each stage for so many images of this size."""
+        if self.remat != "by_stage":
+            return [(self.unroll, self.remat)] * len(STAGE_STRIDES)
+        chosen = by_stage(self.variant, images, height, width, self.bottleneck_rule)
+        whole = [kept == "none" and backend() == "tpu" for kept in chosen]
+        return [
+            (depth if unrolled else self.unroll, kept)
+            for depth, unrolled, kept in zip(self.variant.depth, whole, chosen, strict=True)
+        ]
 
     def run_stem(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B H2 W2 C"]:
         """Four convolutions, packed where that fills the lanes of a TPU: their 16 to 64 channels are less than 128."""
@@ -340,9 +361,10 @@ class NFNet(nnx.Module):
             masks = draws(depth_key, keep[:, None], (blocks, len(images)), 1, part)
             masks = masks.astype(self.dtype)[:, :, None, None, None]
         figures, start = [], 0
-        for index, stage in enumerate(stages):
+        for index, (stage, (unroll, remat)) in enumerate(zip(stages, self.plan_stages(*images.shape[:3]), strict=True)):
+            own_masks = None if masks is None else masks[start : start + stage.depth]
             with jax.named_scope(f"stage{index}"):
-                x, own = stage(x, None if masks is None else masks[start : start + stage.depth], signals)
+                x, own = stage(x, own_masks, unroll=unroll, remat=remat, signals=signals)
             figures.append(own)
             start += stage.depth
         with jax.named_scope("head"):

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from nfnet_lib.config import ConfigError
 from nfnet_lib.flops import forward_macs, num_params, train_flops
-from nfnet_lib.variants import BY_STAGE, STAGE_STRIDES, STEM_CHANNELS, Variant, ViTVariant, get_variant
+from nfnet_lib.remat import by_stage, kept_bytes
+from nfnet_lib.variants import STAGE_STRIDES, STEM_CHANNELS, Variant, ViTVariant, get_variant
 
 GIB = 2**30
 ESTIMATES = Path(__file__).parent / "tpu_estimates.csv"  # the compiler's answers, made by benchmarks/tpu.py
@@ -157,18 +158,17 @@ def activation_bytes(
 ) -> float:
     """Bytes of bfloat16 activations that the backward pass needs of a device's images: an estimate.
 
-    Of each block its input, and by `remat` nothing else ("full"), its first convolution's output ("entry"), the first three's
-    ("convs"), or of each activation its value and slope, and the last convolution's output ("none").
+    An NFNet's: the stem's maps, and of its stages `remat.kept_bytes`.
     """
     if isinstance(variant, ViTVariant):
         tokens = (resolution // variant.patch) ** 2
         return 2.0 * images * tokens * variant.width * variant.depth * (20 if remat == "none" else 1)  # of the width
     side = -(-resolution // 2)
     total = float(sum(side**2 * channels for channels in STEM_CHANNELS)) * (2 if remat == "none" else 1)
-    side = -(-side // 2)
-    for index, (width, depth, stride) in enumerate(zip(variant.width, variant.depth, STAGE_STRIDES, strict=True)):
+    chosen = by_stage(variant, images, resolution, resolution, bottleneck_rule)
+    total, side = 2.0 * images * total, -(-side // 2)
+    for stage, stride in enumerate(STAGE_STRIDES):
         side = -(-side // stride)
-        narrow = variant.bottleneck(index, bottleneck_rule)
-        kept = {"full": 0, "entry": narrow, "convs": 3 * narrow, "none": 2 * width + 6 * narrow}
-        total += depth * side**2 * (width + kept[BY_STAGE[index] if remat == "by_stage" else remat])
-    return 2.0 * images * total
+        kept = chosen[stage] if remat == "by_stage" else remat
+        total += kept_bytes(variant, stage, images, side, side, kept, bottleneck_rule)
+    return total

@@ -16,7 +16,6 @@ import difflib
 ALPHA = 0.2
 """Weight of each residual branch, h + alpha * f(h / beta) (arXiv 2102.06171 section 3)."""
 STAGE_STRIDES = (1, 2, 2, 2)
-BY_STAGE = ("entry", "entry", "full", "full")  # `remat` of each stage with the fewest cycles on TPU v4 (LOG.md)
 STEM_CHANNELS = (16, 32, 64)
 STEM_STRIDE = 4
 TOTAL_STRIDE = 32

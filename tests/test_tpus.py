@@ -3,10 +3,13 @@
 import re
 
 import pytest
+from flax import nnx
 
 from nfnet_lib import paper, plan
 from nfnet_lib.cli import main
 from nfnet_lib.config import ConfigError
+from nfnet_lib.convolution import for_backend
+from nfnet_lib.nfnet import NFNet
 from nfnet_lib.plan import estimated_cycles
 from nfnet_lib.tpus import CHIPS, activation_bytes, cost, parse_topology
 from nfnet_lib.variants import get_variant
@@ -63,8 +66,23 @@ def test_what_convolutions_leave_behind_counted_by_hand():
     variant = get_variant("F0")
     by_hand = 16**2 * (16 + 32 + 64) + 64 * (256 + 3 * 128) + 2 * 16 * (512 + 3 * 256) + 27 * (1536 + 3 * 768)
     assert activation_bytes(variant, 1, 32, "convs") == 2 * by_hand
-    kept = [activation_bytes(variant, 4, 224, remat) for remat in ("full", "by_stage", "convs", "none")]
-    assert kept == sorted(kept) and kept[0] * 2 < kept[2]
+    kept = [activation_bytes(variant, 4, 224, remat) for remat in ("full", "entry", "middle", "convs", "none")]
+    assert kept == sorted(kept) and kept[0] * 2 < kept[3]
+
+
+def test_short_stages_are_kept_whole_as_long_as_that_fits():
+    def planned(name, images, backend="tpu"):
+        with for_backend(backend):
+            network = nnx.eval_shape(lambda: NFNet(get_variant(name), 10, remat="by_stage"))
+            return network.plan_stages(images, 224, 224)
+
+    assert planned("F0", 64) == [(1, "none"), (2, "none"), (6, "none"), (3, "none")]
+    assert planned("F7+", 64) == [(1, "middle"), (1, "entry"), (1, "entry"), (1, "entry")]
+    assert [kept for _, kept in planned("F1", 64)] == ["none", "none", "entry", "none"]
+    assert [kept for _, kept in planned("F0", 1024)] == ["middle", "entry", "entry", "none"]
+    assert all(unroll == 1 for unroll, _ in planned("F0", 64, "gpu"))
+    bytes_of = lambda images, remat: activation_bytes(get_variant("F0"), images, 224, remat)  # noqa: E731
+    assert bytes_of(64, "by_stage") < bytes_of(64, "none") and bytes_of(1024, "by_stage") < bytes_of(1024, "convs")
 
 
 @pytest.mark.parametrize(
