@@ -10,8 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from nfnet_lib import convolution
+from nfnet_lib.kept import REMAT
 from nfnet_lib.nfnet import WHOLE, NFNet, Part, standardised_before
-from nfnet_lib.remat import REMAT
 from nfnet_lib.variants import (
     BOTTLENECK_RULES,
     POOLS,
@@ -114,7 +114,7 @@ def create(name: str, num_classes: int | None = None, **settings: Any) -> Model:
     settings: stochdepth_rate, drop_rate (rates in [0, 1), default 0), dtype of the activations (default float32), unroll
     (blocks a scan step), remat (what the backward pass computes again of a block: "none", "convs": all but the convolutions,
     "middle" and "entry": all but the first two or one of them, "full": everything, "by_stage": what costs fewest cycles on TPU
-    v4, see `remat.by_stage`); of NFNets bottleneck_rule ("published" | "released"); of ViTs image_size (pixels, of the learned
+    v4, see `kept.by_stage`); of NFNets bottleneck_rule ("published" | "released"); of ViTs image_size (pixels, of the learned
     position grid), pool ("gap" | "map" | "tok", default as published), position ("learned" | "sincos2d"). ValueError for an
     unknown name, a setting that the family does not have, or a value out of range.
     """

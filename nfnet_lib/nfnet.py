@@ -27,7 +27,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
 from nfnet_lib.convolution import average_pool, backend, convolve, packed_padding, packed_weights, standardise_weight
-from nfnet_lib.remat import KEPT, by_stage, gradients_together, rematerialised, scan_recomputing
+from nfnet_lib.kept import KEPT, by_stage
+from nfnet_lib.remat import gradients_together, rematerialised, scan_recomputing
 from nfnet_lib.variants import ALPHA, STAGE_STRIDES, STEM_CHANNELS, Variant
 
 GELU_SCALE = 1.7015043497085571  # makes gelu variance-preserving on unit Gaussians (nfnets/base.py nonlinearities)

@@ -140,7 +140,7 @@ def cached_estimate(variant: str, cache_dir: str | os.PathLike, **request: Any) 
         return ""
 
     source = hashlib.sha256()
-    for name in ("nfnet", "convolution", "remat", "vit", "models", "step", "agc", "sam", "optim", "losses", "plan"):
+    for name in ("nfnet", "convolution", "kept", "remat", "vit", "models", "step", "agc", "sam", "optim", "losses", "plan"):
         source.update((Path(__file__).parent / f"{name}.py").read_bytes())
     key = {"variant": variant, **request, "jax": found("jax"), "libtpu": found("libtpu"), "source": source.hexdigest()}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nfnet_lib.config import ConfigError
 from nfnet_lib.flops import forward_macs, num_params, train_flops
-from nfnet_lib.remat import by_stage, kept_bytes
+from nfnet_lib.kept import by_stage, kept_bytes
 from nfnet_lib.variants import STAGE_STRIDES, STEM_CHANNELS, Variant, ViTVariant, get_variant
 
 GIB = 2**30
@@ -158,7 +158,7 @@ def activation_bytes(
 ) -> float:
     """Bytes of bfloat16 activations that the backward pass needs of a device's images: an estimate.
 
-    An NFNet's: the stem's maps, and of its stages `remat.kept_bytes`.
+    An NFNet's: the stem's maps, and of its stages `kept.kept_bytes`.
     """
     if isinstance(variant, ViTVariant):
         tokens = (resolution // variant.patch) ** 2
