@@ -503,8 +503,8 @@ def contested(tmp_path_factory):
     command = [sys.executable, "-m", "nfnet_lib.cli", "study", str(folder / "study.yaml"), "--out", str(folder / "out")]
     environment = os.environ | {"PLANTED_TOKEN": "s3cret-value-of-the-environment"}
     both = [subprocess.Popen(command, cwd=PROJECT, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    until(lambda: (folder / "out" / "study.json").exists(), 60)
-    study["study"]["pretrain"]["peak_lr"] = 0.5  # while it runs
+    until(lambda: any(process.poll() is not None for process in both), 120)  # the one that is refused has read the file
+    study["study"]["pretrain"]["peak_lr"] = 0.5  # while the other runs
     (folder / "study.yaml").write_text(yaml.safe_dump(study))
     looked_at = {"dataset": f"folder:{data}", "examples": 54, "heldout_examples": 6}
     execute(NOTEBOOKS / "00_data.ipynb", folder / "out" / "analysis" / "00_data.ipynb", looked_at)
