@@ -23,7 +23,7 @@ from nfnet_lib.tpus import ESTIMATE_KEYS, ESTIMATES
 
 PAPER = {"topology": "v4:4x4x4", "global_batch": 4096, "num_classes": 30_000}
 CORES = {"topology": "v4:2x2x1", "global_batch": 256, "num_classes": 1000, "megacore": False}
-VIT = {"topology": "v4:8x8x8", "global_batch": 4096, "num_classes": 29_593, "remat": "none"}
+VIT = {"topology": "v4:4x4x8", "global_batch": 4096, "num_classes": 29_593}
 V3 = {"topology": "v3:2x2", "global_batch": 256, "num_classes": 1000}
 PROGRAMS = [
     *({"variant": variant, **PAPER} for variant in ("F7+", "F0", "F1", "F3", "F3+", "F7")),
@@ -33,8 +33,7 @@ PROGRAMS = [
     {"variant": "F7", "topology": "v4:2x2x1", "global_batch": 256, "num_classes": 1000},
     *({"variant": variant, **V3, "resolution": side}
       for variant, side in (("F0", 192), ("F1", 224), ("F2", 256), ("F3", 320), ("F4", 384), ("F5", 416))),
-    *({"variant": variant, **VIT} for variant in ("g/14", "So400m/14")),
-    {"variant": "G/14", **VIT, "topology": "v4:8x8x16"},  # 8 images a chip do not fit without recomputing
+    *({"variant": variant, **VIT} for variant in ("g/14", "So400m/14", "G/14")),
 ]  # fmt: skip
 
 

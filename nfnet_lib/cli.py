@@ -111,11 +111,11 @@ def _plan(arguments: argparse.Namespace) -> int:
         global_batch=arguments.batch, bottleneck_rule=arguments.bottleneck_rule, **what,
     )  # fmt: skip
     print("\n".join(planned.lines()))
-    step, nfnet = None, get_variant(arguments.variant).family == "NFNet"
+    step = None
     if arguments.compile:
         from nfnet_lib.plan import cached_estimate
 
-        if nfnet:
+        if get_variant(arguments.variant).family == "NFNet":
             what["bottleneck_rule"] = arguments.bottleneck_rule
         found = cached_estimate(
             arguments.variant, arguments.cache_dir, topology=arguments.topology, global_batch=arguments.batch, **what
@@ -126,7 +126,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         print("the compiler's recorded estimates are of plain steps: --compile asks it about SAM's")
     elif kept := recorded(
         arguments.variant, arguments.topology, arguments.batch, arguments.resolution, arguments.bottleneck_rule,
-        arguments.remat if nfnet else None,
+        arguments.remat,
     ):  # fmt: skip
         step = kept[0]
         print(f"the compiler's recorded estimate: {step * 1e3:.1f} ms a step, from {kept[1]}; --compile asks it again")

@@ -1,6 +1,6 @@
 """What the backward pass keeps of each block: its names, its bytes, and what suits TPUs. No jax here: plans need none."""
 
-from nfnet_lib.variants import STAGE_STRIDES, STEM_STRIDE, Variant
+from nfnet_lib.variants import STAGE_STRIDES, STEM_STRIDE, Variant, ViTVariant
 
 KEPT = {  # of a block's outputs but for the last, by `remat`
     "convs": ("entry", "middle", "last", "pooled"),
@@ -8,6 +8,7 @@ KEPT = {  # of a block's outputs but for the last, by `remat`
     "entry": ("entry",),
     "full": (),
 }
+ENCODER_KEPT = ("query", "key", "value", "attended", "joined", "hidden")  # of a ViT's block, by "convs" and "by_stage"
 REMAT = ("none", *KEPT, "by_stage")
 _SCANNED = ("middle", "entry", "entry", "entry")  # of each stage what costs fewest cycles on TPU v4 in a scan (LOG.md)
 _MOST_UNROLLED = 6  # blocks of a stage: each takes seconds to compile
@@ -26,6 +27,19 @@ def kept_bytes(
     maps = [name for name in KEPT.get(remat, ()) if name != "pooled"]
     channels = 3 * outputs + 6 * narrow if remat == "none" else outputs + len(maps) * narrow
     return 2.0 * images * variant.depth[stage] * height * width * channels
+
+
+def encoder_bytes(variant: ViTVariant, images: int, tokens: int, remat: str) -> float:
+    """Bytes of bfloat16 that the backward pass needs of a ViT's blocks: an estimate.
+
+    Of each block its input and ENCODER_KEPT, or ("none") all that autodiff keeps, norms and softmax in float32.
+    """
+    widths = 1.0
+    if remat in ("convs", "by_stage"):
+        widths = 6 + variant.mlp / variant.width
+    elif remat == "none":
+        widths = 18 + 5 * variant.mlp / variant.width + 3 * variant.heads * tokens / variant.width
+    return 2.0 * images * variant.depth * tokens * variant.width * widths
 
 
 def by_stage(

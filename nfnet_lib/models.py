@@ -81,7 +81,7 @@ class Model:
 
     def narrowed(self, weights: Params) -> Params:
         """Standardised weights in the activations' type but for the head's: half the bytes to send to other devices."""
-        if self.variant.family != "NFNet" or not standardised_before():
+        if not standardised_before():
             return weights
         return convolution.narrowed(weights, self.settings.get("dtype", jnp.float32))
 
@@ -114,8 +114,9 @@ def create(name: str, num_classes: int | None = None, **settings: Any) -> Model:
     settings: stochdepth_rate, drop_rate (rates in [0, 1), default 0), dtype of the activations (default float32), unroll
     (blocks a scan step), remat (what the backward pass computes again of a block: "none", "convs": all but the convolutions,
     "middle" and "entry": all but the first two or one of them, "full": everything, "by_stage": what costs fewest cycles on TPU
-    v4, see `kept.by_stage`); of NFNets bottleneck_rule ("published" | "released"); of ViTs image_size (pixels, of the learned
-    position grid), pool ("gap" | "map" | "tok", default as published), position ("learned" | "sincos2d"). ValueError for an
+    v4, see `kept.by_stage`; of a ViT's blocks "convs" and "by_stage" keep `kept.ENCODER_KEPT`, "entry", "middle" and "full"
+    nothing); of NFNets bottleneck_rule ("published" | "released"); of ViTs image_size (pixels, of the learned position grid),
+    pool ("gap" | "map" | "tok", default as published), position ("learned" | "sincos2d"). ValueError for an
     unknown name, a setting that the family does not have, or a value out of range.
     """
     variant = get_variant(name)

@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Key
 
 from nfnet_lib.convolution import average_pool, backend, convolve, packed_padding, packed_weights, standardise_weight
 from nfnet_lib.kept import KEPT, by_stage
-from nfnet_lib.remat import gradients_together, rematerialised, scan_recomputing
+from nfnet_lib.remat import gradients_together, on_this_backend, rematerialised, scan_recomputing
 from nfnet_lib.variants import ALPHA, STAGE_STRIDES, STEM_CHANNELS, Variant
 
 GELU_SCALE = 1.7015043497085571  # makes gelu variance-preserving on unit Gaussians (nfnets/base.py nonlinearities)
@@ -255,8 +255,7 @@ class Stage(nnx.Module):
         graphdef, state = nnx.split(self.rest)
         betas, masks = jnp.asarray(self.betas[1:], jnp.float32), None if drop_masks is None else drop_masks[1:]
         unroll = min(unroll, self.depth - 1)
-        # On CPU keeping everything takes longer than computing activations again: an ordinary scan's stacks are slow (LOG.md).
-        remat = "convs" if remat == "none" and backend() == "cpu" else remat
+        remat = on_this_backend(remat)
         if remat in KEPT and not signals:
             steps = tuple(functools.partial(_run_step, graphdef, name) for name in STEPS)
             return scan_recomputing(steps, KEPT[remat], unroll, state, x, (betas, masks)), None

@@ -7,7 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from nfnet_lib.convolution import backend
 from nfnet_lib.kept import KEPT
+
+
+def on_this_backend(remat: str) -> str:
+    """`remat`, but on CPU "convs" for "none": an ordinary scan's stacks take longer than computing again (LOG.md)."""
+    return "convs" if remat == "none" and backend() == "cpu" else remat
 
 
 def rematerialised(function: Callable, remat: str) -> Callable:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nfnet_lib.config import ConfigError
 from nfnet_lib.flops import forward_macs, num_params, train_flops
-from nfnet_lib.kept import by_stage, kept_bytes
+from nfnet_lib.kept import by_stage, encoder_bytes, kept_bytes
 from nfnet_lib.variants import STAGE_STRIDES, STEM_CHANNELS, Variant, ViTVariant, get_variant
 
 GIB = 2**30
@@ -97,7 +97,7 @@ class Cost:
 
     def advice(self) -> str:
         """What would make a run fit: the largest part of its memory made smaller."""
-        state = sum(self.memory[name] for name in ("params", "momentum"))
+        state = sum(self.memory[name] for name in ("params", "optimizer"))
         if self.memory["activations"] >= state:
             return "remat by_stage or full, a smaller batch, or a larger slice"
         return "sharding fsdp on a larger slice"
@@ -143,9 +143,10 @@ def cost(
     )
     params = 4.0 * num_params(architecture, num_classes, bottleneck_rule, resolution)
     share = devices if sharding == "fsdp" else 1
-    state = {"params": params / share, "momentum": params / share}
+    moments = 2 if isinstance(architecture, ViTVariant) else 1  # AdamW's, momentum
+    state = {"params": params / share, "optimizer": moments * params / share}
     # A step reads and writes both, and the gradient.
-    traffic = 5 * params / (chip.bandwidth / chip.devices)
+    traffic = (2 * (1 + moments) + 1) * params / (chip.bandwidth / chip.devices)
     return Cost(
         chip, chips, steps, flops, max(flops / steps / (chip.flops * chips), traffic),
         state | {"gradient": params, "gathered params": params if share > 1 else 0.0, "batch": images * resolution**2 * 3.0,
@@ -158,11 +159,10 @@ def activation_bytes(
 ) -> float:
     """Bytes of bfloat16 activations that the backward pass needs of a device's images: an estimate.
 
-    An NFNet's: the stem's maps, and of its stages `kept.kept_bytes`.
+    A ViT's: `kept.encoder_bytes`. An NFNet's: the stem's maps, and of its stages `kept.kept_bytes`.
     """
     if isinstance(variant, ViTVariant):
-        tokens = (resolution // variant.patch) ** 2
-        return 2.0 * images * tokens * variant.width * variant.depth * (20 if remat == "none" else 1)  # of the width
+        return encoder_bytes(variant, images, (resolution // variant.patch) ** 2, remat)
     side = -(-resolution // 2)
     total = float(sum(side**2 * channels for channels in STEM_CHANNELS)) * (2 if remat == "none" else 1)
     chosen = by_stage(variant, images, resolution, resolution, bottleneck_rule)

@@ -9,14 +9,17 @@ How this differs from big_vision, none of it in the numbers:
   the head alone; stochastic depth on whole residual branches, its rate growing linearly with depth.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from nfnet_lib.kept import ENCODER_KEPT
 from nfnet_lib.nfnet import WHOLE, Linear, Part, draws, parameter, signal_figures
-from nfnet_lib.remat import rematerialised
+from nfnet_lib.remat import on_this_backend, rematerialised, scan_recomputing
 from nfnet_lib.variants import ViTVariant
 
 NORM_EPS = 1e-6
@@ -36,7 +39,10 @@ class LayerNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head attention of `queries` over `x`, softmax in float32."""
+    """Multi-head attention of `queries` over `x`, softmax in float32.
+
+    Between projections tokens come last: N fills the lanes of a TPU, where the channels of a head would not (LOG.md).
+    """
 
     def __init__(self, width: int, heads: int):
         for name in ("query", "key", "value", "out"):
@@ -44,13 +50,29 @@ class Attention(nnx.Module):
         self.heads = heads
 
     def __call__(self, queries: Float[Array, "B M D"], x: Float[Array, "B N D"]) -> Float[Array, "B M D"]:
-        def split(y):
-            return y.reshape(*y.shape[:2], self.heads, -1)
+        projected = self.project("query", queries), self.project("key", x), self.project("value", x)
+        return self.join(self.attend(*projected))
 
-        q, k, v = split(self.query(queries)), split(self.key(x)), split(self.value(x))
-        scores = jnp.einsum("bmhd,bnhd->bhmn", q * q.shape[-1] ** -0.5, k).astype(jnp.float32)
-        out = jnp.einsum("bhmn,bnhd->bmhd", jax.nn.softmax(scores).astype(x.dtype), v)
-        return self.out(out.reshape(queries.shape))
+    def project(self, name: str, x: Float[Array, "B N D"]) -> Float[Array, "B H C N"]:
+        """Queries, keys or values by head."""
+        w, b = self._weights(name, x.dtype)
+        return jnp.einsum("bni,ihc->bhcn", x, w.reshape(len(w), self.heads, -1)) + b.reshape(self.heads, -1, 1)
+
+    def attend(
+        self, query: Float[Array, "B H C M"], key: Float[Array, "B H C N"], value: Float[Array, "B H C N"]
+    ) -> Float[Array, "B H C M"]:  # fmt: skip
+        """The mean of the values, weighted, for each query."""
+        scores = jnp.einsum("bhcm,bhcn->bhmn", query * query.shape[2] ** -0.5, key).astype(jnp.float32)
+        return jnp.einsum("bhmn,bhcn->bhcm", jax.nn.softmax(scores).astype(value.dtype), value)
+
+    def join(self, x: Float[Array, "B H C M"]) -> Float[Array, "B M D"]:
+        """The projection of all heads' together."""
+        w, b = self._weights("out", x.dtype)
+        return jnp.einsum("bhcm,hco->bmo", x, w.reshape(self.heads, -1, w.shape[-1])) + b
+
+    def _weights(self, name: str, dtype) -> tuple[Float[Array, "D D"], Float[Array, " D"]]:
+        linear = getattr(self, name)
+        return linear.w[...].astype(dtype), linear.b[...].astype(dtype)
 
 
 class MLP(nnx.Module):
@@ -61,22 +83,57 @@ class MLP(nnx.Module):
         self.dense0, self.dense1 = Linear(width, hidden, std=std), Linear(hidden, width, std=std)
 
     def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
-        return self.dense1(jax.nn.gelu(self.dense0(x)))
+        return self.contract(self.expand(x))
+
+    def expand(self, x: Float[Array, "B N D"]) -> Float[Array, "B N M"]:
+        return self.dense0(x)
+
+    def contract(self, x: Float[Array, "B N M"]) -> Float[Array, "B N D"]:
+        return self.dense1(jax.nn.gelu(x))
 
 
 class EncoderBlock(nnx.Module):
-    """x + attention(norm(x)), then + MLP(norm of that)."""
+    """x + attention(norm(x)), then + MLP(norm of that): a chain of STEPS.
+
+    A step takes the block's input [B, N, D], the outputs of the step before, and mask [2, B, 1, 1]: 1 keeps and 0 drops a
+    branch of an example (stochastic depth), or None.
+    """
 
     def __init__(self, width: int, mlp: int, heads: int):
         self.norm0, self.norm1 = LayerNorm(width), LayerNorm(width)
         self.attention, self.mlp = Attention(width, heads), MLP(width, mlp)
 
     def __call__(self, x: Float[Array, "B N D"], mask: Float[Array, "2 B 1 1"] | None) -> Float[Array, "B N D"]:
+        before = None
+        for step in STEPS:
+            before = getattr(self, step)(x, before, mask)
+        return before
+
+    def project(self, x, before, mask) -> dict[str, Float[Array, "B H C N"]]:
         y = self.norm0(x)
-        y = self.attention(y, y)
-        x = x + (y if mask is None else y * mask[0])
-        y = self.mlp(self.norm1(x))
-        return x + (y if mask is None else y * mask[1])
+        return {name: self.attention.project(name, y) for name in ("query", "key", "value")}
+
+    def attend(self, x, before, mask) -> dict[str, Float[Array, "B H C N"]]:
+        return {"attended": self.attention.attend(**before)}
+
+    def join(self, x, before, mask) -> dict[str, Float[Array, "B N D"]]:
+        y = self.attention.join(before["attended"])
+        return {"joined": x + (y if mask is None else y * mask[0])}
+
+    def expand(self, x, before, mask) -> dict[str, Float[Array, "B N *"]]:
+        return before | {"hidden": self.mlp.expand(self.norm1(before["joined"]))}
+
+    def leave(self, x, before, mask) -> Float[Array, "B N D"]:
+        y = self.mlp.contract(before["hidden"])
+        return before["joined"] + (y if mask is None else y * mask[1])
+
+
+STEPS = ("project", "attend", "join", "expand", "leave")  # of a block
+
+
+def _run_step(graphdef, name: str, params, x, before, mask):
+    """A step of a block: `scan_recomputing`'s."""
+    return getattr(nnx.merge(graphdef, params), name)(x, before, mask)
 
 
 class AttentionPool(nnx.Module):
@@ -144,17 +201,21 @@ class ViT(nnx.Module):
             keep = 1 - self.stochdepth_rate * jnp.arange(self.depth) / self.depth
             masks = draws(depth_key, keep[:, None, None], (self.depth, 2, batch), 2, part)
             masks = masks.astype(self.dtype)[..., None, None]
+        unroll = min(self.unroll, self.depth)
         graphdef, state = nnx.split(self.blocks)
 
         def block(state, x, mask):
             out = nnx.merge(graphdef, state)(x, mask)
             return out, signal_figures(out, jnp.mean(jnp.var(out - x, axis=(0, 1)))) if signals else None
 
-        block = rematerialised(block, self.remat)
+        figures, remat = None, on_this_backend(self.remat)
         with jax.named_scope("blocks"):
-            x, figures = jax.lax.scan(
-                lambda x, scanned: block(scanned[0], x, scanned[1]), x, (state, masks), unroll=min(self.unroll, self.depth)
-            )
+            if remat in ("convs", "by_stage") and not signals:
+                steps = tuple(functools.partial(_run_step, graphdef, name) for name in STEPS)
+                x = scan_recomputing(steps, ENCODER_KEPT, unroll, state, x, (masks,))
+            else:
+                block = rematerialised(block, remat)
+                x, figures = jax.lax.scan(lambda x, own: block(own[0], x, own[1]), x, (state, masks), unroll=unroll)
         x = self.norm(x)
         if self.pool_type == "map":
             x = self.pool(x)

@@ -70,6 +70,16 @@ def test_what_convolutions_leave_behind_counted_by_hand():
     assert kept == sorted(kept) and kept[0] * 2 < kept[3]
 
 
+def test_what_a_vit_keeps_and_its_two_moments_counted_by_hand():
+    """Ti/16 at 64 px, 2 images: 16 tokens of width 192, MLP of 768, 12 blocks."""
+    variant = get_variant("Ti/16")
+    assert activation_bytes(variant, 2, 64, "by_stage") == 2 * 2 * 12 * 16 * (6 * 192 + 768)
+    kept = [activation_bytes(variant, 2, 224, remat) for remat in ("full", "by_stage", "none")]
+    assert kept == sorted(kept) and kept[0] * 5 < kept[1] < kept[2] / 2
+    memory = cost("Ti/16", "v4:2x2x1", epochs=1, examples=1e6, global_batch=64).memory
+    assert memory["optimizer"] == 2 * memory["params"]
+
+
 def test_short_stages_are_kept_whole_as_long_as_that_fits():
     def planned(name, images, backend="tpu"):
         with for_backend(backend):

@@ -10,6 +10,7 @@ from flax import traverse_util
 
 from nfnet_lib import flops, models
 from nfnet_lib.big_vision import load_big_vision
+from nfnet_lib.convolution import for_backend
 from nfnet_lib.pretrained import WeightsError
 from nfnet_lib.variants import VARIANTS, ViTVariant, get_variant
 from nfnet_lib.vit import resample_positions, sincos_positions
@@ -223,6 +224,32 @@ def test_a_fresh_head_is_zero_and_stochastic_depth_and_dropout_need_a_key():
     params["head"]["w"] = jax.random.normal(jax.random.key(2), params["head"]["w"].shape)
     outputs = [model.apply(params, images, train=True, key=jax.random.key(i)) for i in range(2)]
     assert not jnp.allclose(*outputs)
+
+
+def test_what_is_kept_for_the_backward_pass_changes_no_number():
+    """With stochastic depth: against an ordinary scan that keeps everything, which on CPU no setting is."""
+
+    def gradient(**settings):
+        model = models.create("Ti/4-mini", 5, image_size=16, pool="tok", stochdepth_rate=0.5, **settings)
+        leaves, structure = jax.tree.flatten(model.param_shapes())
+        keys = jax.random.split(jax.random.key(0), len(leaves))
+        params = [0.3 * jax.random.normal(k, p.shape) for k, p in zip(keys, leaves, strict=True)]
+        images = jax.random.normal(jax.random.key(1), (3, 16, 16, 3))
+
+        def loss(params):
+            return jnp.sum(model.apply(params, images, train=True, key=jax.random.key(2)) ** 2)
+
+        return jax.jit(jax.value_and_grad(loss))(jax.tree.unflatten(structure, params))
+
+    with for_backend("gpu"):
+        expected, compared = gradient(remat="none")
+    assert jnp.max(jnp.abs(compared["blocks"]["attention"]["key"].pop("b"))) < 1e-5
+    for settings in ({}, {"remat": "convs", "unroll": 2}, {"remat": "full"}):
+        loss, grads = gradient(**settings)
+        assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+        del grads["blocks"]["attention"]["key"]["b"]  # a softmax does not see it: rounding alone
+        for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(compared), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4 * float(jnp.max(jnp.abs(other))))
 
 
 def test_positions_resample_as_big_vision_does():
