@@ -1,5 +1,6 @@
 """TensorBoard's event files, beside metrics.jsonl and with the same numbers; written without TensorFlow."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,7 @@ class EventWriter:
     """
 
     def __init__(self, folder: Path, last_step: int = 0):
-        from tensorboardX import SummaryWriter
-
+        SummaryWriter = _summary_writer()
         self._writer = SummaryWriter(str(folder), purge_step=last_step + 1, flush_secs=10)
 
     def write(self, step: int, **metrics: Any) -> None:
@@ -25,3 +25,14 @@ class EventWriter:
 
     def __exit__(self, *exception: object) -> None:
         self._writer.close()
+
+
+def _summary_writer() -> type:
+    """tensorboardX's, without PyTorch, which it imports where there is one: 4 s of a run, and nothing that scalars need."""
+    hidden = sys.modules.setdefault("torch", None) is None
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return SummaryWriter

@@ -12,7 +12,7 @@ import time
 import pytest
 import synthetic
 
-from nfnet_lib import background, locks, status
+from nfnet_lib import PROJECT, background, locks, status
 from nfnet_lib.cli import main
 from nfnet_lib.config import ConfigError
 from nfnet_lib.files import write_json
@@ -142,3 +142,14 @@ def test_tensorboard_gets_the_same_numbers_and_forgets_what_a_resumed_run_repeat
     found = events(tmp_path)
     assert [event for event in found if event[1] == "loss"] == [(1, "loss", 2.5), (2, "loss", 2.0), (2, "loss", 1.5)]
     assert [event[0] for event in found if event[1] == "start"] == [1, 2], "TensorBoard drops what came from there on"
+
+
+def test_tensorboard_does_not_bring_pytorch_with_it(tmp_path):
+    """Which takes seconds to import where it is installed; afterwards it can be."""
+    program = (
+        "import importlib.util, sys; from nfnet_lib.tensorboard import EventWriter\n"
+        f"with EventWriter({str(tmp_path)!r}) as writer: writer.write(1, loss=2.5)\n"
+        "assert not any(name.split('.')[0] == 'torch' for name in sys.modules); importlib.util.find_spec('torch')"
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=PROJECT, timeout=60).returncode == 0
+    assert list(tmp_path.glob("events.*"))
