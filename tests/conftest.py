@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX_PLATFORMS=cuda pytest ... runs the same tests on an accelerator
 os.environ["MPLBACKEND"] = "Agg"
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")  # as runs are compiled (program.py): a tenth off
 
 from pathlib import Path
 
