@@ -7,6 +7,7 @@ it expects of every instruction. Those are estimates; `calibration` sets them be
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -73,11 +74,7 @@ def devices_of(topology: str, *, megacore: bool = True) -> list:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
     except Exception as error:  # libtpu and the plugin loader raise kinds of their own
         text = str(error).splitlines()[0][:300]
-        hint = (
-            "install the [plan] extra"
-            if "libtpu" in text.lower() or "registered" in text
-            else "is it one of the TPU's?"
-        )
+        hint = "is it one of the TPU's?" if importlib.util.find_spec("libtpu") else "install the [plan] extra"
         raise ConfigError(f"topology: {topology!r} can't be compiled for ({hint}): {text}") from None
 
 

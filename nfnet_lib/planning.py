@@ -90,7 +90,13 @@ def choice_sentence(plans: "pd.DataFrame", core_hours: float | int, result: Fron
 
 @figure_function
 def costs(plans: "pd.DataFrame", core_hours: float | int | None = None, note: str | None = None) -> Figure:
-    """Core-hours of each planned run by epochs, a line a variant: calibrated, with its range, else the floor (dashed)."""
+    """Core-hours of each planned run by epochs, a line a variant: calibrated, with its range, else the floor (dashed).
+
+    note: below the figure; by default what lines and shades mean.
+    """
+    if note is None:
+        note = "lines: calibrated, shaded its range"
+        note += "; dashed: the floor, nothing like it was compiled" if plans["core_hours"].isna().any() else ""
     figure, axes = new_figure(note=note)
     for name, rows in plans.groupby("variant", sort=False):
         style = variant_style(name)

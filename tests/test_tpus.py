@@ -4,6 +4,7 @@ import re
 
 import pytest
 from flax import nnx
+from jax.experimental import topologies
 
 from nfnet_lib import paper, plan
 from nfnet_lib.cli import main
@@ -59,6 +60,18 @@ def test_memory_by_part_and_what_makes_it_fit():
     )
     big = cost("G/14", "v5e:1x1", epochs=1, examples=1e6, global_batch=1)
     assert not big.fits and "fsdp" in big.advice() and any("does not fit" in line for line in big.lines())
+
+
+@pytest.mark.parametrize("found,hint", [(None, r"install the \[plan\] extra"), (object(), "is it one of the TPU's")])
+def test_what_is_missing_to_compile_is_said(monkeypatch, found, hint):
+    """Words as jax 0.10.2 has them where libtpu is not installed, and where it does not know a topology."""
+    def refuse(**asked):
+        raise NotImplementedError("JAX TPU support not installed; cannot generate TPU topology.")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", refuse)
+    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: found)
+    with pytest.raises(ConfigError, match=rf"topology: 'v4:2x2x1' can't be compiled for \({hint}"):
+        plan.devices_of("v4:2x2x1")
 
 
 def test_what_convolutions_leave_behind_counted_by_hand():
