@@ -237,6 +237,14 @@ def _shorten_outputs(path: Path) -> None:
         nbformat.write(content, path)
 
 
+def _papermill():
+    """papermill, without jsonschema's check of IRIs: notebooks have none, and to build its grammar takes a second a process."""
+    sys.modules.setdefault("rfc3987_syntax", None)
+    import papermill
+
+    return papermill
+
+
 def _main(parent: int) -> None:
     """The child: bound to its parent's life and to its cores, then papermill."""
     ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
@@ -245,8 +253,7 @@ def _main(parent: int) -> None:
     request = json.load(sys.stdin)
     if request["cores"]:
         os.sched_setaffinity(0, request["cores"])
-    import papermill
-
+    papermill = _papermill()
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     logging.getLogger("papermill").setLevel(logging.INFO)  # what cells print, as they do
     try:

@@ -150,3 +150,12 @@ def test_a_run_outlives_the_notebook_that_started_it(tmp_path):
     assert "ended by CellStopped" in outputs and "loss " in outputs and "1 runs: 1 done" in outputs
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps[-1] == 1024 and steps == sorted(set(steps)) and (run / "summary.json").exists()
+
+
+def test_a_cell_does_not_wait_for_a_grammar_that_it_does_not_need():
+    code = (
+        "import sys, nfnet_lib.cell as cell; cell._papermill(); import nbformat, jsonschema;"
+        " print([name for name, module in sys.modules.items() if name.split('.')[0] in ('rfc3987_syntax', 'lark') and module])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
