@@ -12,6 +12,7 @@ import synthetic
 
 from nfnet_lib import paper, plots, scaling
 from nfnet_lib.plot_style import VARIANT_LOOKS
+from nfnet_lib.variants import VARIANTS
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +174,11 @@ def test_the_papers_variants_differ_in_colour_marker_and_line():
         assert len({str(style[key]) for style in styles}) == 6
     assert plots.variant_style("F3+-mini") == plots.variant_style("F3+")
     assert len({str(plots.variant_style(name)) for name in VARIANT_LOOKS}) == len(VARIANT_LOOKS)
+
+
+def test_no_two_vits_share_a_colour():
+    names = [name for name, variant in VARIANTS.items() if variant.family == "ViT" and not name.endswith("-mini")]
+    assert len({str(plots.variant_style(name)["color"]) for name in names}) == len(names) > 5
 
 
 def test_the_note_is_on_the_figure_and_global_settings_are_untouched(result):
