@@ -1,11 +1,13 @@
 """Convolutions as the backend likes them, scaled weight standardisation, and pooling: functions of arrays.
 
-On CPU convolutions are matrix products: XLA's CPU backend runs the gradients of its own convolution many times slower where
-that is grouped or inside a loop, as SAM's two passes are. On TPU the stem's maps are packed (`packed_weights`).
+XLA's CPU backend is fast at ordinary convolutions only: it runs grouped ones, and their gradients inside a loop as SAM's two
+passes are, many times slower. So there they are one ordinary convolution a group, and so are their gradients, or else, where
+groups are narrow or maps small, products of patches with matrices. On TPU the stem's maps are packed (`packed_weights`).
 """
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Iterator
 
 import jax
@@ -13,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-FORMS = ("patches", "lax", "pointwise")  # of a convolution: patches times a matrix; XLA's own; the latter but for 1x1 ones
+# Of a convolution: one a group; patches times a matrix; XLA's own, which may be grouped; the last but for 1x1 ones.
+FORMS = ("split", "patches", "lax", "pointwise")
 
 _BACKEND: contextvars.ContextVar[str] = contextvars.ContextVar("backend", default="")
 _FORM: contextvars.ContextVar[str] = contextvars.ContextVar("form", default="")
@@ -108,15 +111,27 @@ def _fan_in_sums(x: Float[Array, "*D F O"]) -> Float[Array, "*D 1 O"]:
 def convolve(
     x: Float[Array, "B H W I"], w: Float[Array, "KH KW IG O"], stride: int, groups: int
 ) -> Float[Array, "B H2 W2 O"]:
-    """SAME convolution, NHWC by HWIO, in the form of `using`, or else "patches" on CPU and "lax" elsewhere."""
-    form = _FORM.get() or ("patches" if backend() == "cpu" else "lax")
+    """SAME convolution, NHWC by HWIO, in the form of `using`, or else the fastest on CPU (LOG.md) and "lax" elsewhere."""
+    form = _FORM.get() or (_form_on_cpu(x.shape, w.shape[2], groups) if backend() == "cpu" else "lax")
     if form != "lax" and w.shape[:2] == (1, 1) and stride == 1:
         return x @ w[0, 0]
+    if form == "split":
+        return split_convolve(x, w, stride, groups)
     if form == "patches":
-        return rows_convolve(x, w) if stride == groups == 1 else patches_convolve(x, w, stride, groups)
+        return patches_convolve(x, w, stride, groups)
     return jax.lax.conv_general_dilated(
-        x, w, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups
+        x, w, (stride, stride), "SAME", dimension_numbers=_LAYOUT, feature_group_count=groups
     )
+
+
+_LAYOUT = ("NHWC", "HWIO", "NHWC")
+
+
+def _form_on_cpu(size: tuple[int, ...], inputs: int, groups: int) -> str:
+    """size: [B, H, W, I] of the input; inputs: of one group."""
+    if groups == 1:
+        return "split" if inputs >= 16 else "patches"
+    return "split" if inputs >= 32 and size[1] * size[2] > 16 else "patches"
 
 
 def packed_weights(w: Float[Array, "K K I O"], stride: int, before: int, after: int) -> Float[Array, "K2 K2 I2 O2"]:
@@ -146,61 +161,88 @@ def packed_padding(size: int, stride: int, before: int, after: int) -> tuple[int
     return -(-start // before), max(end // before - (stride * after // before - 1), 0)
 
 
+def split_convolve(
+    x: Float[Array, "B H W I"], w: Float[Array, "KH KW IG O"], stride: int, groups: int
+) -> Float[Array, "B H2 W2 O"]:
+    """The same convolution: an ordinary one for each group, whose gradients are ordinary convolutions, too."""
+    w, padding = _used(x, w, stride)
+    parts = zip(jnp.split(x, groups, -1), jnp.split(w, groups, -1), strict=True)
+    return jnp.concatenate([_ordinary(x, w, stride, padding) for x, w in parts], -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _ordinary(x: Float[Array, "B H W I"], w: Float[Array, "KH KW I O"], stride: int, padding) -> Float[Array, "B H2 W2 O"]:
+    return jax.lax.conv_general_dilated(x, w, (stride, stride), padding, dimension_numbers=_LAYOUT)
+
+
+def _ordinary_forward(x, w, stride, padding):
+    return _ordinary(x, w, stride, padding), (x, w)
+
+
+def _ordinary_backward(stride, padding, residuals, slope):
+    """The gradient of the weights sums over images and positions. As a convolution: rows of the map are its rows, each kernel
+    column's input channels its columns, and the pixels of a row, of all images, its channels; its kernel is the slope."""
+    x, w = residuals
+    (kernel_height, kernel_width), (batch, height, _, inputs) = w.shape[:2], x.shape
+    if stride == 1:
+        around = [(size - 1 - low, size - 1 - high) for size, (low, high) in zip(w.shape, padding, strict=False)]
+        to_x = _ordinary(slope, w[::-1, ::-1].swapaxes(2, 3), 1, around)
+    else:  # an ordinary one would read a slope with zeros between its pixels
+        to_x = jax.vjp(lambda x: _patches_times(x, w, stride, 1, padding), x)[1](slope)[0]
+    _, rows, width, outputs = slope.shape
+    x = jnp.pad(x.transpose(1, 3, 2, 0), ((0, 0), (0, 0), padding[1], (0, 0)))  # [H, I, W, B]
+    last = (width - 1) * stride + 1
+    x = jnp.stack([x[:, :, tap : tap + last : stride] for tap in range(kernel_width)], 1)
+    to_w = jax.lax.conv_general_dilated(
+        x.reshape(1, height, kernel_width * inputs, width * batch),
+        slope.transpose(1, 2, 0, 3).reshape(rows, 1, width * batch, outputs),
+        (1, 1), (padding[0], (0, 0)), rhs_dilation=(stride, 1), dimension_numbers=_LAYOUT,
+    )  # fmt: skip
+    return to_x, to_w[0, :kernel_height].reshape(w.shape)
+
+
+_ordinary.defvjp(_ordinary_forward, _ordinary_backward)
+
+
 def patches_convolve(
     x: Float[Array, "B H W I"], w: Float[Array, "KH KW IG O"], stride: int, groups: int
 ) -> Float[Array, "B H2 W2 O"]:
-    """The same convolution: the input shifted by each kernel tap, side by side as patches, times the weights of each group.
+    """The same convolution: the input shifted by each kernel tap, side by side as patches, times the weights of each group."""
+    w, padding = _used(x, w, stride)
+    return _patches_times(x, w, stride, groups, padding)
 
-    Taps that would read nothing but padding (a 3x3 kernel on a 1x1 image has one real tap) are left out. Groups come first
-    before there are patches: to reorder those would be to copy nine times as much.
-    """
-    batch, height, width, channels = x.shape
-    outputs = w.shape[-1]
-    rows, top, bottom = _taps(height, w.shape[0], stride)
-    columns, left, right = _taps(width, w.shape[1], stride)
+
+def _patches_times(x: Float[Array, "B H W I"], w: Float[Array, "KH KW IG O"], stride: int, groups: int, padding):
+    """Groups come first before there are patches: to reorder those would be to copy nine times as much."""
+    (kernel_height, kernel_width), (batch, height, width, channels) = w.shape[:2], x.shape
     out_h, out_w = -(-height // stride), -(-width // stride)
     x = x.reshape(batch, height, width, groups, channels // groups).transpose(3, 0, 1, 2, 4)
-    x = jnp.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right), (0, 0)))
+    x = jnp.pad(x, ((0, 0), (0, 0), *padding, (0, 0)))
     last_row, last_column = (out_h - 1) * stride + 1, (out_w - 1) * stride + 1
     shifted = [
         x[:, :, row : row + last_row : stride, column : column + last_column : stride]
-        for _, row in rows
-        for _, column in columns
+        for row in range(kernel_height)
+        for column in range(kernel_width)
     ]
     patches = jnp.concatenate(shifted, -1).reshape(groups, batch * out_h * out_w, -1)
-    w = w[rows[0][0] : rows[-1][0] + 1, columns[0][0] : columns[-1][0] + 1]
-    w = w.reshape(-1, groups, outputs // groups).transpose(1, 0, 2)  # [G, T*I/G, O/G]
+    w = w.reshape(-1, groups, w.shape[3] // groups).transpose(1, 0, 2)  # [G, T*I/G, O/G]
     out = patches @ w  # [G, B*H2*W2, O/G]
-    return out.reshape(groups, batch, out_h, out_w, -1).transpose(1, 2, 3, 0, 4).reshape(batch, out_h, out_w, outputs)
+    return out.reshape(groups, batch, out_h, out_w, -1).transpose(1, 2, 3, 0, 4).reshape(batch, out_h, out_w, -1)
 
 
-def rows_convolve(x: Float[Array, "B H W I"], w: Float[Array, "KH KW I O"]) -> Float[Array, "B H W O"]:
-    """The same convolution with stride 1 and one group: patches of one row, times the weights of all rows of the kernel.
+def _used(x: Float[Array, "B H W I"], w: Float[Array, "KH KW IG O"], stride: int) -> tuple[Array, tuple]:
+    """The kernel's taps that read a pixel under SAME padding, and the padding, low and high of both axes, that they need.
 
-    What they make of each row of the map is then added, shifted: a third of the patches is written. To lay all taps side by
-    side took longer than their product (LOG.md).
+    A 3x3 kernel on a 1x1 image has one: the others would read nothing but padding.
     """
-    batch, height, width, _ = x.shape
-    rows, top, bottom = _taps(height, w.shape[0], 1)
-    columns, left, right = _taps(width, w.shape[1], 1)
-    x = jnp.pad(x.transpose(1, 0, 2, 3), ((top, bottom), (0, 0), (left, right), (0, 0)))  # rows first: shifts are whole slices
-    patches = jnp.concatenate([x[:, :, column : column + width] for _, column in columns], -1)
-    w = w[rows[0][0] : rows[-1][0] + 1, columns[0][0] : columns[-1][0] + 1]
-    w = w.reshape(len(rows), -1, w.shape[-1]).transpose(1, 0, 2)  # [T*I, rows, O]
-    out = patches.reshape(-1, len(w)) @ w.reshape(len(w), -1)
-    taps = jnp.split(out.reshape(len(patches), batch, width, -1), len(rows), -1)
-    return sum(tap[row : row + height] for tap, (_, row) in zip(taps, rows, strict=True)).transpose(1, 0, 2, 3)
-
-
-def _taps(size: int, kernel: int, stride: int) -> tuple[list[tuple[int, int]], int, int]:
-    """The kernel taps that read a pixel under SAME padding, as (tap, its start in the padded input); padding needed."""
-    out = -(-size // stride)
-    before = max((out - 1) * stride + kernel - size, 0) // 2
-    last = (out - 1) * stride
-    starts = {tap: tap - before for tap in range(kernel)}
-    used = {tap: at for tap, at in starts.items() if any(0 <= at + i * stride < size for i in range(out))}
-    low, high = max(0, -min(used.values())), max(0, max(used.values()) + last + 1 - size)
-    return [(tap, at + low) for tap, at in used.items()], low, high
+    taps, padding = [], []
+    for size, kernel in zip(x.shape[1:3], w.shape, strict=False):
+        out = -(-size // stride)
+        before = max((out - 1) * stride + kernel - size, 0) // 2
+        used = [tap for tap in range(kernel) if any(0 <= tap - before + i * stride < size for i in range(out))]
+        taps.append(slice(used[0], used[-1] + 1))
+        padding.append((before - used[0], max((out - 1) * stride + used[-1] - before + 1 - size, 0)))
+    return w[*taps], tuple(padding)
 
 
 def average_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:

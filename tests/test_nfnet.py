@@ -161,6 +161,7 @@ def test_every_form_of_a_convolution_is_the_convolution(size, stride, groups, ke
         lambda x, w: patches_convolve(x, w, stride, groups),
         lambda x, w: convolve(x, w, stride, groups),
         lambda x, w: in_form("lax", x, w),
+        lambda x, w: in_form("split", x, w),
     ):
         np.testing.assert_allclose(function(x, w), library(x, w), rtol=1e-4, atol=1e-4)
         ours = jax.grad(lambda x, w, f=function: jnp.sum(jnp.sin(f(x, w))), argnums=(0, 1))(x, w)
