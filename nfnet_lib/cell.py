@@ -30,8 +30,8 @@ NOTEBOOKS = PROJECT / "notebooks"
 LONGEST_OUTPUT = 200_000  # characters of one printed output that a notebook keeps; the log has all of it
 INTERACTIVE = "JPY_SESSION_NAME"  # which a Jupyter server sets for the kernels of open notebooks
 _RUN_NOTEBOOK = {"pretrain": "02_pretrain.ipynb", "finetune": "03_finetune.ipynb"}
-# Large memory pages: XLA maps and unmaps its work space at every step on CPU; 15% off a step (LOG.md).
-_HUGE_PAGES = "glibc.malloc.hugetlb=1"
+# XLA takes its work space anew at every step on CPU: 15% off a step from large pages, 3% where the process keeps it (LOG.md).
+MALLOC_SETTINGS = f"glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold={4 << 30}:glibc.malloc.trim_threshold={8 << 30}"
 _SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
@@ -96,7 +96,7 @@ def execute(
     environment = os.environ | {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", platform)}
     for name in ("MPLBACKEND", INTERACTIVE):  # the kernel's own puts figures into the notebook; nobody watches it
         environment.pop(name, None)
-    environment.setdefault("GLIBC_TUNABLES", _HUGE_PAGES)
+    environment.setdefault("GLIBC_TUNABLES", MALLOC_SETTINGS)
     if 0 < gpu_share < 1:
         environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 * gpu_share:g}")
     with log.open("w") as stream:
