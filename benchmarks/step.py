@@ -6,9 +6,9 @@
 timm has no minis: `nfnet profile F0-mini` says how many images/s a training step of those makes.
 
 Each runs in its own process with the same number of threads, float32; they take turns, and the others wait meanwhile;
-a ratio is between neighbours in time. All take memory as runs do (`cell.MALLOC_SETTINGS`). Memory is the highest resident size
-while stepping: programs are compiled by other processes before, and read from jax's cache as runs do. Needs PyTorch and timm
-(`make .venv/.parity`); without them only our two forms are compared.
+a ratio is between neighbours in time. Memory is the highest resident size while stepping: programs are compiled by other
+processes before, and read from jax's cache as runs do. Needs PyTorch and timm (`make .venv/.parity`); without them only our two
+forms are compared.
 """
 
 import argparse
@@ -146,9 +146,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     arguments = parser.parse_args()
-    from nfnet_lib.cell import MALLOC_SETTINGS  # not in the measured processes, which import this file
-
-    os.environ.setdefault("GLIBC_TUNABLES", MALLOC_SETTINGS)
     engines = [e for e in arguments.engines if e != "timm" or importlib.util.find_spec("timm")]
     for case in arguments.case or ["F0:8:96", "F1:4:128"]:
         variant, batch, side = case.split(":")
