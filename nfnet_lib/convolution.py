@@ -128,7 +128,7 @@ _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
 def _form_on_cpu(size: tuple[int, ...], inputs: int, groups: int) -> str:
-    """size: [B, H, W, I] of the input; inputs: of one group."""
+    """The form that was measured to be faster (LOG.md). size: [B, H, W, I] of the input; inputs: of one group."""
     if groups == 1:
         return "split" if inputs >= 16 else "patches"
     return "split" if inputs >= 32 and size[1] * size[2] > 16 else "patches"
@@ -172,6 +172,7 @@ def split_convolve(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _ordinary(x: Float[Array, "B H W I"], w: Float[Array, "KH KW I O"], stride: int, padding) -> Float[Array, "B H2 W2 O"]:
+    """XLA's convolution of one group, with gradients of its own. padding: as of `_used`."""
     return jax.lax.conv_general_dilated(x, w, (stride, stride), padding, dimension_numbers=_LAYOUT)
 
 
