@@ -12,6 +12,7 @@ from typing import NamedTuple
 from nfnet_lib.config import ConfigError
 
 LOCK = ".lock"
+NAME_SECONDS = 2  # at most, from a lock's being taken to its holder's name in it, on a busy machine
 
 
 class Holder(NamedTuple):
@@ -52,8 +53,9 @@ def exclusive(folder: Path, what: str, wait_seconds: float | int = 0, *, shared:
                 fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() >= end:
-                    now = holder(folder)
+                now = holder(folder)
+                named = now is not None and now.alive is not False  # else the holder has yet to write its name
+                if time.monotonic() >= end + (0 if named else NAME_SECONDS):
                     who = f" (process {now.pid} on {now.host})" if now else ""
                     raise ConfigError(f"{what}: another process is running {folder.name}{who}") from None
                 time.sleep(0.25)

@@ -1,5 +1,6 @@
 """Watching: locks that say who holds them, the table of a study's runs, TensorBoard's files, the panel."""
 
+import fcntl
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -47,6 +49,22 @@ def test_a_lock_names_its_holder_and_ends_with_it(tmp_path):
     with locks.exclusive(tmp_path / "s", "a", shared=True), locks.exclusive(tmp_path / "s", "b", shared=True):
         with pytest.raises(ConfigError, match="c: another"), locks.exclusive(tmp_path / "s", "c"):
             pass
+
+
+@pytest.mark.parametrize("before", ["", "{host} {dead}\n"], ids=["no name", "the name of one that was killed"])
+def test_who_is_refused_a_lock_just_taken_is_told_who_took_it(before, tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    path = tmp_path / locks.LOCK
+    path.write_text(before.format(host=socket.gethostname(), dead=dead.pid))
+    with path.open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        names_itself = threading.Timer(0.6, lambda: path.write_text(f"{socket.gethostname()} {os.getpid()}\n"))
+        names_itself.start()
+        with pytest.raises(ConfigError, match=rf"another process is running .* \(process {os.getpid()} on "):
+            with locks.exclusive(tmp_path, "study"):
+                pass
+        names_itself.join()
 
 
 @pytest.fixture
