@@ -16,12 +16,13 @@ def _data_show(arguments: argparse.Namespace) -> int:
     from nfnet_lib.data_plots import class_name, labels_of
     from nfnet_lib.dedup import open_set
     from nfnet_lib.explore import tiles
+    from nfnet_lib.sources import FRACTALS
 
     if arguments.out.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise ConfigError(f"out: {arguments.out} must end in .png or .jpg")
     if not arguments.out.parent.is_dir():
         raise ConfigError(f"out: {arguments.out.parent} is not a folder")
-    fractals = arguments.name.partition("@")[0] == "fractals"  # which have no end
+    fractals = arguments.name.partition("@")[0] in FRACTALS  # which have no end
     source = open_set(arguments.name, "train", arguments.data_dir, 64 if fractals else None)
     shown = range(min(64, len(source)))
     captions = [", ".join(class_name(source, label) for label in labels) for labels in labels_of(source, len(shown))]
@@ -288,7 +289,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = data_commands.add_parser("show", help="Write a contact sheet.", epilog="example: nfnet data show digits")
     sub.set_defaults(function=_data_show)
     sub.add_argument(
-        "name", help="fractals | digits | tfds:NAME | folder:DIR | webdataset:DIR, and @SPLIT if not train"
+        "name", help="fractals | fractals-lt | digits | tfds:NAME | folder:DIR | webdataset:DIR, and @SPLIT if not train"
     )
     sub.add_argument("--out", type=Path, default=Path("sheet.png"), help="picture to write (default: sheet.png)")
     sub.add_argument("--data-dir", help="folder of prepared TFDS data")

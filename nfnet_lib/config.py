@@ -36,7 +36,7 @@ class RunConfig(BaseModel):
     bottleneck_rule: Literal["published", "released"] = Field("published", description='first stage of "+" models')
     pool: Literal["", "gap", "map", "tok"] = Field("", description="of a ViT; empty: as published for the variant")
     position: Literal["learned", "sincos2d"] = Field("learned", description="position embedding of a ViT")
-    dataset: str = Field("fractals", description="fractals | digits | tfds:NAME | folder:DIR | webdataset:DIR")
+    dataset: str = Field("fractals", description="fractals | fractals-lt | digits | tfds:NAME | folder:DIR | webdataset:DIR")
     data_dir: str = Field("", description="folder of prepared TFDS data; empty: TFDS's default")
     train_split: str = Field("", description="what the training split is called, train[:90%] for example; empty: train")
     heldout_split: str = Field("", description="what the held-out split is called; empty: validation, val or test")

@@ -14,7 +14,7 @@ from nfnet_lib.files import write_bytes
 from nfnet_lib.loader import BadExample, Batch, LoaderError, train_batches
 from nfnet_lib.records import RecordError
 from nfnet_lib.sampler import ExactlyOnceSampler
-from nfnet_lib.sources import Source, Subset, load_source
+from nfnet_lib.sources import FRACTALS, Source, Subset, load_source
 
 QUARANTINE = "quarantine.jsonl"
 
@@ -22,7 +22,7 @@ QUARANTINE = "quarantine.jsonl"
 def load_sources(config: RunConfig) -> tuple[Source, Source]:
     """The training and held-out examples that a config asks for; ConfigError for what does not exist."""
     options: dict[str, Any] = {}
-    if config.dataset == "fractals":
+    if config.dataset in FRACTALS:
         options = {"num_classes": config.num_classes, "seed": config.data_seed, "hue_spread": config.hue_spread}
     if ":" not in config.dataset:
         options["image_size"] = config.image_size

@@ -8,7 +8,7 @@ batch and doubles that.
 
 from typing import TYPE_CHECKING
 
-from nfnet_lib.variants import STAGE_STRIDES, STEM_CHANNELS, Variant, ViTVariant
+from nfnet_lib.variants import STAGE_STRIDES, Variant, ViTVariant
 
 if TYPE_CHECKING:
     from nfnet_lib.config import RunConfig
@@ -37,7 +37,7 @@ def count(
         macs[group] = macs.get(group, 0) + inputs * outputs
 
     side, channels = resolution, 3
-    for outputs, stride in zip((*STEM_CHANNELS, variant.width[0] // 2), (2, 1, 1, 2), strict=True):
+    for outputs, stride in zip((*variant.stem, variant.width[0] // 2), (2, 1, 1, 2), strict=True):
         side = -(-side // stride)
         convolution("stem", channels, outputs, 3, side)
         channels = outputs
@@ -156,11 +156,11 @@ def published_table():
     """
     import pandas as pd
 
-    from nfnet_lib.variants import VARIANTS
+    from nfnet_lib.variants import SMALL, VARIANTS
 
     rows = []
     for name, variant in VARIANTS.items():
-        if not name.endswith("-mini"):
+        if not name.endswith(SMALL):
             params, macs = num_params(variant, 1000), forward_macs(variant, variant.test_px, 1000)
             work, published = macs / 1e9, (variant.published_params, variant.published_macs)
             if isinstance(variant, ViTVariant):
@@ -181,9 +181,9 @@ def size_table(resolution: int = 224):
     """Parameters (millions, 1,000 classes) and GMACs at one resolution of every full variant of both families."""
     import pandas as pd
 
-    from nfnet_lib.variants import VARIANTS
+    from nfnet_lib.variants import SMALL, VARIANTS
 
-    full = [variant for name, variant in VARIANTS.items() if not name.endswith("-mini")]
+    full = [variant for name, variant in VARIANTS.items() if not name.endswith(SMALL)]
     return pd.DataFrame(
         {
             "variant": [variant.name for variant in full],

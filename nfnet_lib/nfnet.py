@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Key
 from nfnet_lib.convolution import average_pool, backend, convolve, packed_padding, packed_weights, standardise_weight
 from nfnet_lib.kept import KEPT, by_stage
 from nfnet_lib.remat import gradients_together, on_this_backend, rematerialised, scan_recomputing
-from nfnet_lib.variants import ALPHA, STAGE_STRIDES, STEM_CHANNELS, Variant
+from nfnet_lib.variants import ALPHA, STAGE_STRIDES, Variant
 
 GELU_SCALE = 1.7015043497085571  # makes gelu variance-preserving on unit Gaussians (nfnets/base.py nonlinearities)
 GELU_LINEAR = math.sqrt(2 / math.pi)  # of tanh's argument
@@ -300,7 +300,7 @@ class NFNet(nnx.Module):
         stochdepth_rate: float = 0.0, drop_rate: float = 0.0, bottleneck_rule: str = "published",
         dtype=jnp.float32, unroll: int = 1, remat: str = "none",
     ):  # fmt: skip
-        stem_outputs = (*STEM_CHANNELS, variant.width[0] // 2)
+        stem_outputs = (*variant.stem, variant.width[0] // 2)
         inputs = (3, *stem_outputs)
         self.stem = nnx.Dict(
             {f"conv{i}": ScaledWSConv(inputs[i], stem_outputs[i], 3, stride=(2, 1, 1, 2)[i]) for i in range(4)}

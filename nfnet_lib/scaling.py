@@ -28,6 +28,7 @@ from nfnet_lib.power_law import (
     frontier,
 )
 from nfnet_lib.records import counted
+from nfnet_lib.variants import SMALL
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,14 +65,15 @@ def _require(df: "pd.DataFrame", columns: Sequence[str], what: str) -> None:
 
 
 def variant_order(names: Iterable[str]) -> list[str]:
-    """Distinct names from small to large: F0, F1, ..., F3, F3+, F7, F7+ (any suffix), ViTs, then others by alphabet."""
+    """Distinct names from small to large: F0, F1, ..., F3, F3+, F7, F7+ (F0-pico, ..., F0-mini, F0), ViTs, then others."""
 
     def key(name: str) -> tuple:
-        match = re.match(r"F(\d+)(\+?)", name)
+        match = re.match(r"F(\d+)(\+?)(-[a-z]+)?", name)
         if match:
-            return (0, int(match[1]), match[2], name)
+            width = SMALL.index(match[3]) if match[3] in SMALL else len(SMALL)
+            return (0, int(match[1]), match[2], width, name)
         size = name.split("/")[0]
-        return (1, _VITS.index(size), "", name) if size in _VITS else (2, 0, "", name)
+        return (1, _VITS.index(size), "", 0, name) if size in _VITS else (2, 0, "", 0, name)
 
     return sorted(set(names), key=key)
 

@@ -1,4 +1,4 @@
-"""Sources of labelled images by name: `fractals`, `digits`, `tfds:NAME`, `folder:DIR`, `webdataset:DIR`.
+"""Sources of labelled images by name: `fractals`, `fractals-lt`, `digits`, `tfds:NAME`, `folder:DIR`, `webdataset:DIR`.
 
 A source has a length and `[i]`; nothing more is asked of it, so that an array-record file or a list serves as well.
 """
@@ -19,11 +19,14 @@ from jaxtyping import Int32, Int64, UInt8
 from nfnet_lib.encoded import FolderSource, WebDatasetSource, checked_length, digest, load_tfds
 from nfnet_lib.fractals import HELDOUT_INSTANCE, FractalGenerator
 from nfnet_lib.fractals import VERSION as FRACTALS_VERSION
+from nfnet_lib.sampler import random_bits
 
-KNOWN = ("fractals", "digits", "tfds:NAME", "folder:DIR", "webdataset:DIR")
+KNOWN = ("fractals", "fractals-lt", "digits", "tfds:NAME", "folder:DIR", "webdataset:DIR")
 SPLITS = ("train", "heldout")
 DIGITS_HELDOUT = 360  # of scikit-learn's 1,797, the same ones for ever
 FRACTALS_HELDOUT = 2**20  # more than any study evaluates
+ZIPF_EXPONENT = 1.25  # of fractals-lt: above 1 the rare classes never run out, so that loss falls as a power (LOG.md)
+FRACTALS = {"fractals": 0.0, "fractals-lt": ZIPF_EXPONENT}  # by name: of the classes' frequencies; 0: all alike
 MAX_CACHED = 2**30  # bytes of rendered images worth keeping in memory
 
 
@@ -62,16 +65,30 @@ class ArraySource:
 
 
 class FractalSource:
-    """Rendered on demand: example i is instance i // num_classes of class i % num_classes."""
+    """Rendered on demand: example i is instance i // num_classes of class i % num_classes.
 
-    def __init__(self, split: str, num_examples: int, num_classes: int, image_size: int, seed: int, hue_spread: float):
+    zipf_exponent: above 0, the classes have a long tail: example i is drawn from class k (from 0) with a probability
+    proportional to (k + 1)**-zipf_exponent, and is an instance of its own.
+    """
+
+    def __init__(
+        self, split: str, num_examples: int, num_classes: int, image_size: int, seed: int, hue_spread: float,
+        zipf_exponent: float = 0.0,
+    ):  # fmt: skip
         self.name, self.num_classes, self._length = "fractals", num_classes, num_examples
+        self._seed, self._edges = seed, None
+        tail: dict[str, float] = {}
+        if zipf_exponent:
+            self.name, tail = "fractals-lt", {"zipf_exponent": zipf_exponent}
+            edges = np.cumsum(np.arange(1, num_classes + 1, dtype=np.float64) ** -zipf_exponent)
+            # Of 32 bits: libm's last digits differ by machine.
+            self._edges = np.round(edges[:-1] / edges[-1] * 2**32).astype(np.uint64)
         self.image_bytes = image_size * image_size * 3
         self._generator = FractalGenerator(num_classes, image_size, seed, hue_spread)
         self._first = 0 if split == "train" else HELDOUT_INSTANCE
         self.fingerprint = digest(
             name="fractals", version=FRACTALS_VERSION, split=split, n=num_examples, classes=num_classes,
-            size=image_size, seed=seed, hue_spread=hue_spread,
+            size=image_size, seed=seed, hue_spread=hue_spread, **tail,
         )  # fmt: skip
 
     def __len__(self) -> int:
@@ -84,8 +101,13 @@ class FractalSource:
         return images[0], int(labels[0])
 
     def batch(self, ids: Int64[np.ndarray, " n"]) -> tuple[UInt8[np.ndarray, "n H W 3"], Int32[np.ndarray, " n"]]:
-        classes = ids % self.num_classes
-        return self._generator.render(classes, self._first + ids // self.num_classes), classes.astype(np.int32)
+        if self._edges is None:
+            classes, instances = ids % self.num_classes, self._first + ids // self.num_classes
+        else:
+            instances = self._first + ids
+            bits = random_bits("fractals-lt", self._seed, instances, 0, 1)[:, 0] >> np.uint64(32)
+            classes = np.searchsorted(self._edges, bits, side="right")
+        return self._generator.render(classes, instances), classes.astype(np.int32)
 
 
 class Subset:
@@ -117,19 +139,20 @@ def load_source(
 ) -> Source:  # fmt: skip
     """The source called `name`, its "train" or "heldout" split, its first `num_examples` (default: all).
 
-    num_classes, image_size, seed, hue_spread: of `fractals` (default 64 classes, 40 px; num_examples must be given); image_size
-    also of `digits`. data_dir: where TFDS data was prepared (default: TFDS_DATA_DIR, or TFDS's own default). split_name: what
-    the split is called where it is stored (TFDS: "train[:90%]"; default: train, and the first of validation, val and test).
-    label_feature: of a TFDS set with several kinds of label. ValueError names what is wrong, with near names.
+    num_classes, image_size, seed, hue_spread: of `fractals` and `fractals-lt`, their long-tailed kind (default 64 classes, 40 px;
+    num_examples must be given); image_size also of `digits`. data_dir: where TFDS data was prepared (default: TFDS_DATA_DIR,
+    or TFDS's own default). split_name: what the split is called where it is stored (TFDS: "train[:90%]"; default: train, and
+    the first of validation, val and test). label_feature: of a TFDS set with several kinds of label. ValueError names what
+    is wrong, with near names.
     """
     if split not in SPLITS:
         raise ValueError(f"split: {split!r} is not one of {', '.join(SPLITS)}")
     kind, _, rest = name.partition(":")
-    if name == "fractals":
+    if name in FRACTALS:
         if num_examples is None:
             raise ValueError("num_examples: fractals have no end; say how many")
         length = checked_length(name, split, num_examples, FRACTALS_HELDOUT if split == "heldout" else 2**31)
-        return FractalSource(split, length, num_classes or 64, image_size or 40, seed, hue_spread)
+        return FractalSource(split, length, num_classes or 64, image_size or 40, seed, hue_spread, FRACTALS[name])
     if name == "digits":
         return _digits(split, num_examples, image_size or 40)
     if kind == "tfds" and rest:

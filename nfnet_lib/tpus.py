@@ -8,7 +8,7 @@ from pathlib import Path
 from nfnet_lib.config import ConfigError
 from nfnet_lib.flops import forward_macs, num_params, train_flops
 from nfnet_lib.kept import by_stage, encoder_bytes, kept_bytes
-from nfnet_lib.variants import STAGE_STRIDES, STEM_CHANNELS, Variant, ViTVariant, get_variant
+from nfnet_lib.variants import STAGE_STRIDES, Variant, ViTVariant, get_variant
 
 GIB = 2**30
 ESTIMATES = Path(__file__).parent / "tpu_estimates.csv"  # the compiler's answers, made by benchmarks/tpu.py
@@ -164,7 +164,7 @@ def activation_bytes(
     if isinstance(variant, ViTVariant):
         return encoder_bytes(variant, images, (resolution // variant.patch) ** 2, remat)
     side = -(-resolution // 2)
-    total = float(sum(side**2 * channels for channels in STEM_CHANNELS)) * (2 if remat == "none" else 1)
+    total = float(sum(side**2 * channels for channels in variant.stem)) * (2 if remat == "none" else 1)
     chosen = by_stage(variant, images, resolution, resolution, bottleneck_rule)
     total, side = 2.0 * images * total, -(-side // 2)
     for stage, stride in enumerate(STAGE_STRIDES):

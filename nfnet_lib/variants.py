@@ -6,7 +6,9 @@ ViTs: google-research/big_vision `models/vit.py` (shapes), Zhai et al. 2021 (arX
 et al. 2023 (arXiv 2305.13035) Table 1 (counts). Published "GFLOPs" of ViTs are *twice* the MACs.
 
 The `-mini` families are this project's own laptop-scale copies. NFNets: one eighth of the width, group width 16, the same
-depth pattern, block, stem and rules, so that every mechanism of the full family is exercised on a CPU. ViTs: 4x4 patches,
+depth pattern, block, stem and rules, so that every mechanism of the full family is exercised on a CPU. F0-micro, F0-nano and
+F0-pico are a half, a quarter and an eighth as wide as F0-mini, stem and all: the sizes among which the compute of a laptop
+chooses (LOG.md). ViTs: 4x4 patches,
 shapes chosen so that Ti, S, B and L cost the MACs of F0-, F1-, F3- and F7-mini at 32 px (within 3%).
 """
 
@@ -19,6 +21,10 @@ STAGE_STRIDES = (1, 2, 2, 2)
 STEM_CHANNELS = (16, 32, 64)
 STEM_STRIDE = 4
 TOTAL_STRIDE = 32
+NARROWER = {"-micro": 2, "-nano": 4, "-pico": 8}
+"""What the widths of F0-mini are divided by."""
+SMALL = ("-pico", "-nano", "-micro", "-mini")
+"""How the names of this project's own variants end, narrow to wide."""
 BOTTLENECK_RULES = ("published", "released")
 POOLS = ("gap", "map", "tok")
 POSITIONS = ("learned", "sincos2d")
@@ -29,8 +35,9 @@ class Variant:
     """One NFNet.
 
     width, depth: output channels and number of blocks of the four stages. group_width: channels per group of the
-    3x3 convolutions. *_px: image sides in pixels. drop_rate: published dropout before the head. published_*: the
-    counts of the 2021 paper with a 1,000-class head (parameters; MACs at test_px), or None where none is published.
+    3x3 convolutions. stem: output channels of the stem's first three. *_px: image sides in pixels. drop_rate: published
+    dropout before the head. published_*: the counts of the 2021 paper with a 1,000-class head (parameters; MACs at test_px),
+    or None where none is published.
     """
 
     name: str
@@ -44,6 +51,7 @@ class Variant:
     published_macs: float | None = None
     finetune_px: int = 384
     finetune_test_px: int = 480
+    stem: tuple[int, int, int] = STEM_CHANNELS
     family = "NFNet"
 
     @property
@@ -53,8 +61,8 @@ class Variant:
 
     @property
     def resolution_multiple(self) -> int:
-        """Image sides must be multiples of this: the total stride, or 8 for the minis, whose last maps round up."""
-        return 8 if self.name.endswith("-mini") else TOTAL_STRIDE
+        """Image sides must be multiples of this: the total stride, or 8 for small ones, whose last maps round up."""
+        return 8 if self.name.endswith(SMALL) else TOTAL_STRIDE
 
     def bottleneck(self, stage: int, rule: str = "published") -> int:
         """Channels of the 3x3 convolutions of a stage (0 to 3): half its width.
@@ -158,6 +166,11 @@ def _build() -> dict[str, Variant]:
                 32, 40, drop_rate, finetune_px=48, finetune_test_px=56,
             )  # fmt: skip
             variants |= {full.name: full, mini.name: mini}
+    for suffix, divisor in NARROWER.items():
+        mini = variants["F0-mini"]
+        width, stem = (tuple(channels // divisor for channels in all_) for all_ in (mini.width, mini.stem))
+        name, group_width = f"F0{suffix}", max(4, mini.group_width // divisor)
+        variants[name] = dataclasses.replace(mini, name=name, width=width, stem=stem, group_width=group_width)
     return variants
 
 
@@ -192,7 +205,7 @@ def _build_vits() -> dict[str, ViTVariant]:
 
 
 VARIANTS: dict[str, Variant | ViTVariant] = _build() | _build_vits()
-"""All variants by name: F0 to F7, F0+ to F7+, F0-mini to F7+-mini; Ti/16 to G/14, Ti/4-mini to L/4-mini."""
+"""All by name: F0 to F7, F0+ to F7+, F0-mini to F7+-mini, F0-micro, F0-nano, F0-pico; Ti/16 to G/14, Ti/4-mini to L/4-mini."""
 
 
 def get_variant(name: str) -> Variant | ViTVariant:
