@@ -139,7 +139,7 @@ def load_source(
 ) -> Source:  # fmt: skip
     """The source called `name`, its "train" or "heldout" split, its first `num_examples` (default: all).
 
-    num_classes, image_size, seed, hue_spread: of `fractals` and `fractals-lt`, their long-tailed kind (default 64 classes, 40 px;
+    num_classes, image_size, seed, hue_spread: of `fractals` and, with a long tail, `fractals-lt` (default 64 classes, 40 px;
     num_examples must be given); image_size also of `digits`. data_dir: where TFDS data was prepared (default: TFDS_DATA_DIR,
     or TFDS's own default). split_name: what the split is called where it is stored (TFDS: "train[:90%]"; default: train, and
     the first of validation, val and test). label_feature: of a TFDS set with several kinds of label. ValueError names what

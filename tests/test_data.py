@@ -59,6 +59,32 @@ def test_training_and_heldout_fractals_are_disjoint_instances():
     assert HELDOUT_INSTANCE > 2**30 and train.fingerprint != heldout.fingerprint
 
 
+def test_long_tailed_fractals_follow_zipf_and_their_own_address():
+    options = {"num_classes": 100, "image_size": 8, "seed": 3}
+    train = load_source("fractals-lt", "train", num_examples=8000, **options)
+    wanted = np.arange(1, 101) ** -1.25
+    wanted *= 8000 / wanted.sum()
+    for split in ("train", "heldout"):
+        labels = load_source("fractals-lt", split, num_examples=8000, **options).batch(np.arange(8000))[1]
+        counts = np.bincount(labels, minlength=100)
+        assert ((counts - wanted) ** 2 / wanted).sum() < 150, "chi-squared of 99 degrees of freedom, 99.9%: 148"
+    assert (labels != train.batch(np.arange(8000))[1]).mean() > 0.5, "held-out classes are other draws"
+    assert {image.tobytes() for image in train.batch(np.arange(50))[0]}.isdisjoint(
+        image.tobytes() for image in load_source("fractals-lt", "heldout", num_examples=50, **options).batch(np.arange(50))[0]
+    )
+    fewer = load_source("fractals-lt", "train", num_examples=700, **options)
+    some = np.array([699, 3, 250])
+    for one, other in zip(fewer.batch(some), train.batch(some), strict=True):
+        np.testing.assert_array_equal(one, other)
+    image, label = train[250]
+    np.testing.assert_array_equal(image, train.batch(some)[0][2])
+    assert label == train.batch(some)[1][2]
+    others = load_source("fractals-lt", "train", num_examples=8000, **options | {"seed": 4})
+    assert (others.batch(np.arange(8000))[1] != train.batch(np.arange(8000))[1]).mean() > 0.5
+    balanced = load_source("fractals", "train", num_examples=8000, **options)
+    assert balanced.fingerprint != train.fingerprint and np.ptp(np.bincount(balanced.batch(np.arange(8000))[1])) == 0
+
+
 def test_digits_are_real_and_split_once():
     train, heldout = load_source("digits", "train", image_size=8), load_source("digits", "heldout", image_size=8)
     assert (len(train), len(heldout), train.num_classes) == (1437, 360, 10)

@@ -337,6 +337,9 @@ def test_finetune_table_names_what_does_not_fit(runs):
 def test_variant_order():
     names = ["g/14", "F7+-mini", "F3+", "F10", "F3", "F7-mini", "F0", "F3"]
     assert scaling.variant_order(names) == ["F0", "F3", "F3+", "F7-mini", "F7+-mini", "F10", "g/14"]
+    assert scaling.variant_order(["F0", "F1-mini", *(f"F0-{width}" for width in ("mini", "nano", "micro", "pico"))]) == [
+        "F0-pico", "F0-nano", "F0-micro", "F0-mini", "F0", "F1-mini",
+    ]  # fmt: skip
 
 
 def test_the_floors_interval_covers_as_often_as_it_says():
