@@ -288,6 +288,9 @@ class StudyConfig(BaseModel):
     pretrain: dict[str, Any] = Field(description="PretrainConfig parameters that all cells share")
     variants: list[str] = Field(min_length=1, description="one curve each")
     epoch_budgets: list[float] = Field(min_length=1)
+    variant_epoch_budgets: dict[str, list[float]] = Field(
+        default_factory=dict, description="instead of epoch_budgets, for single variants"
+    )
     lr_grid: list[float] = Field(min_length=1, description="peak learning rates, ascending, factors of 2")
     seeds: list[int] = Field(
         default_factory=list, description="each is a cell of its own, tuned by itself; default: pretrain's seed"
@@ -376,6 +379,13 @@ class StudyConfig(BaseModel):
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=2, cutoff=0.4) or known
                 raise ConfigError(f"notebooks: {name!r} is not one of notebooks/; did you mean {' or '.join(near)}?")
+        for variant, budgets in self.variant_epoch_budgets.items():
+            if variant not in self.variants or not budgets or len(set(budgets)) != len(budgets):
+                raise ConfigError(
+                    f"variant_epoch_budgets: {variant}: {budgets}; allowed: budgets without repeats, for some of"
+                    f" {', '.join(self.variants)}"
+                )
+        known_budgets = {budget for variant in self.variants for budget in self.budgets_of(variant)}
         for variant in self.variants:
             lr_grid, lr_start = self.learning_rates(variant)
             if sorted(set(lr_grid)) != lr_grid:
@@ -383,14 +393,18 @@ class StudyConfig(BaseModel):
             if self.lr_search == "two_trials" and len(lr_grid) < 2:
                 raise ConfigError(f"lr_grid: {lr_grid} with lr_search='two_trials'; allowed: at least 2 rates")
             for budget, lr in lr_start.items():
-                if budget not in self.epoch_budgets or lr not in lr_grid:
+                if budget not in known_budgets or lr not in lr_grid:
                     raise ConfigError(f"lr_start: {budget:g}: {lr} is not one of epoch_budgets with a value of lr_grid")
-            for budget in self.epoch_budgets:
+            for budget in self.budgets_of(variant):
                 for lr, seed in itertools.product(lr_grid, self.seeds or [None]):
                     self.pretrain_config(variant, budget, lr, seed)
             if self.finetune is not None:
                 for augmult in self.finetune_augmults:
                     self.finetune_config(variant, "to-be-found", augmult)
+
+    def budgets_of(self, variant: str) -> list[float]:
+        """The epoch budgets of a variant: its own, or the study's."""
+        return self.variant_epoch_budgets.get(variant, self.epoch_budgets)
 
     def learning_rates(self, variant: str) -> tuple[list[float], dict[float, float]]:
         """(lr_grid, lr_start) of a variant: its family's, or the study's."""

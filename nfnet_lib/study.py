@@ -158,7 +158,7 @@ def _finetuning_steps(study: StudyConfig, study_dir: Path, of_cell: dict[Pretrai
     steps = []
     for augmult in study.finetune_augmults if study.finetune is not None else ():
         for variant in variants:
-            for budget in study.epoch_budgets if study.finetune_cells == "all" else [None]:
+            for budget in study.budgets_of(variant) if study.finetune_cells == "all" else [None]:
                 origins = [c for c in of_cell if c.variant == variant and budget in (None, c.epoch_budget)]
                 needs = tuple(name for cell in origins for name in of_cell[cell])
                 name = f"finetune_{variant.replace('/', '-')}{'' if budget is None else f'_ep{budget:g}'}_ra{augmult}"

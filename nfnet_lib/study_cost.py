@@ -29,13 +29,19 @@ def slice_of(path: str | Path) -> tuple[str, int]:
 
 def study_table(path: str | Path) -> "pd.DataFrame":
     """`calibration.plan_table` of the cells of a study file on its slice; one pre-training run each."""
+    import pandas as pd
+
     study, (topology, classes) = StudyConfig.from_file(path), slice_of(path)
     shared = PretrainConfig.from_params(study.pretrain)
-    return plan_table(
-        study.variants, study.epoch_budgets, examples=shared.examples_per_epoch, global_batch=shared.batch_size,
-        topology=topology, num_classes=classes, resolution=shared.resolution, remat=shared.remat, sharding=shared.sharding,
-        bottleneck_rule=shared.bottleneck_rule,
-    )  # fmt: skip
+    tables = [
+        plan_table(
+            [variant], study.budgets_of(variant), examples=shared.examples_per_epoch, global_batch=shared.batch_size,
+            topology=topology, num_classes=classes, resolution=shared.resolution, remat=shared.remat, sharding=shared.sharding,
+            bottleneck_rule=shared.bottleneck_rule,
+        )
+        for variant in study.variants
+    ]  # fmt: skip
+    return pd.concat(tables, ignore_index=True)
 
 
 def cost_lines(path: str | Path) -> list[str]:

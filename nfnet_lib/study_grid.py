@@ -27,7 +27,7 @@ def pretrain_cells(study: StudyConfig) -> list[PretrainCell]:
     cells = [
         PretrainCell(variant, budget, seed)
         for variant in study.variants
-        for budget in study.epoch_budgets
+        for budget in study.budgets_of(variant)
         for seed in study.seeds or [None]
     ]
     return sorted(cells, key=lambda cell: -_macs(study, cell))

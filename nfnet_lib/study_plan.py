@@ -42,7 +42,7 @@ def plan_table(study: StudyConfig, study_dir: Path, timed: "pd.DataFrame | None"
     known = collect(study_dir) if study_dir.is_dir() else pd.DataFrame()
     tuned = known[known["kind"] == "finetune"] if len(known) else known
     for variant in study.variants if study.finetune is not None else ():
-        count = len(study.epoch_budgets) if study.finetune_cells == "all" else 1
+        count = len(study.budgets_of(variant)) if study.finetune_cells == "all" else 1
         for augmult in study.finetune_augmults:
             config = study.finetune_config(variant, "to-be-found", augmult)
             there = len(tuned) and (tuned["variant"].eq(variant) & tuned["augmult"].eq(augmult)).sum()

@@ -6,6 +6,7 @@ import yaml
 from nfnet_lib import PROJECT
 from nfnet_lib.config import ConfigError, FinetuneConfig, PretrainConfig, StudyConfig, config_from_params
 from nfnet_lib.recipe import load_recipe
+from nfnet_lib.study_grid import pretrain_cells
 
 
 @pytest.mark.parametrize(
@@ -76,6 +77,11 @@ STUDY = {
     [
         ({"variants": ["F0-mini", "Z1"]}, "variant: unknown 'Z1'"),
         ({"epoch_budgets": [0.3]}, "epoch_budget: 0.3"),
+        ({"variant_epoch_budgets": {"F1-mini": [1]}}, "variant_epoch_budgets: F1-mini: .*some of F0-mini"),
+        ({"variant_epoch_budgets": {"F0-mini": []}}, "variant_epoch_budgets: F0-mini: "),
+        ({"variant_epoch_budgets": {"F0-mini": [1, 1.0]}}, "variant_epoch_budgets: F0-mini: .*repeats"),
+        ({"variant_epoch_budgets": {"F0-mini": [0.3]}}, "epoch_budget: 0.3"),
+        ({"variant_epoch_budgets": {"F0-mini": [1]}, "lr_start": {0.25: 0.1}}, "lr_start: 0.25"),
         ({"lr_grid": [0.2, 0.1]}, "lr_grid.*ascend"),
         ({"lr_start": {1: 0.3}}, "lr_start.*0.3"),
         ({"name": "../out"}, "name: '../out'"),
@@ -89,6 +95,13 @@ def test_bad_studies_are_refused_whole(tmp_path, change, words):
     path.write_text(yaml.safe_dump({"study": {**STUDY, **change}}))
     with pytest.raises(ConfigError, match=words):
         StudyConfig.from_file(path)
+
+
+def test_single_variants_have_budgets_of_their_own():
+    study = StudyConfig(**STUDY | {"variants": ["F1-mini", "F0-mini"], "variant_epoch_budgets": {"F0-mini": [2, 4]}})
+    study.validate_cells()
+    assert {cell.name for cell in pretrain_cells(study)} == {"F1-mini_ep0.25", "F1-mini_ep1", "F0-mini_ep2", "F0-mini_ep4"}
+    StudyConfig(**study.model_dump() | {"lr_start": {4: 0.1, 0.25: 0.2}}).validate_cells()
 
 
 def test_unreadable_study_files(tmp_path):
