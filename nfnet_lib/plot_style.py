@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 _MARKERS = ["o", "s", "^", "D", "X", "v", "P", "p", "h", "*"]
 LINES = ["-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)), (0, (3, 1, 1, 1, 1, 1)), (0, (8, 2))]
 _COLORS = (0, 1, 2, 3, 5, 4, 9, 7, 6)  # of seaborn's colorblind palette, without its pale yellow
-# The paper's six get the most distinct looks; no two ViTs, and no two widths of F0, share a colour.
+# The paper's six get the most distinct looks; no two ViTs share a colour, nor do narrow networks and the paper's first four.
 VARIANT_LOOKS = (
     *("F0", "F1", "F3", "F3+", "F7", "F7+", "F2", "F4", "F5", "F6"), *("Ti", "S", "B", "L", "So400m", "g", "G"),
-    *("F0-micro", "F1+", "F0-nano", "F0-pico"),
+    *("F1+", "F2+", "F4+", "F5+", "F6+", "F0-pico", "F0-micro", "F0-nano"),
 )
 
 

@@ -176,11 +176,12 @@ def test_the_papers_variants_differ_in_colour_marker_and_line():
     assert len({str(plots.variant_style(name)) for name in VARIANT_LOOKS}) == len(VARIANT_LOOKS)
 
 
-def test_no_two_vits_or_widths_of_f0_share_a_colour():
+def test_no_two_vits_or_laptop_networks_share_a_colour():
     names = [name for name, variant in VARIANTS.items() if variant.family == "ViT" and not name.endswith("-mini")]
     assert len({str(plots.variant_style(name)["color"]) for name in names}) == len(names) > 5
 
-    assert len({str(plots.variant_style(f"F0-{width}")["color"]) for width in ("pico", "nano", "micro", "mini")}) == 4
+    laptop = ("F0-pico", "F0-nano", "F0-micro", "F0-mini", "F1-mini", "F3-mini", "F3+-mini")
+    assert len({str(plots.variant_style(name)["color"]) for name in laptop}) == 7
 
 
 def test_the_note_is_on_the_figure_and_global_settings_are_untouched(result):
