@@ -71,13 +71,26 @@ def test_sentences_change_with_the_runs():
 
 
 def test_runs_that_say_nothing_of_size_are_said_to():
-    """The published laptop study: its losses hardly depend on size at equal epochs."""
-    runs = pd.read_csv(PROJECT / "outputs" / "published" / "results.csv")
+    """A published study of networks that differ in depth: its losses hardly depend on size at equal epochs."""
+    runs = pd.read_csv(PROJECT / "outputs" / "published" / "hours" / "results.csv")
     laws = study_laws.study_laws(scaling.best_per_cell(runs), runs, resamples=100)
     text = " ".join(laws.sentences())
     assert "alpha" in laws.surface.weak() and "These runs do not tell how the loss falls with size" in text
     assert np.isfinite(laws.cells["predicted"]).all() and np.isfinite(laws.extrapolation.to_numpy(float)).all()
     assert isinstance(law_plots.size_and_data(laws), matplotlib.figure.Figure)
+
+
+def test_size_and_epochs_grow_together_in_the_published_study_of_widths():
+    """What the README says of it is computed here from the record."""
+    runs = pd.read_csv(PROJECT / "outputs" / "published" / "widths" / "results.csv")
+    result = scaling.frontier_analysis(runs)
+    text = " ".join(result.sentences())
+    assert "F0-pico is best from 2.43e+09 to 9.52e+09, then another variant's curve falls below." in text
+    best = result.ranges.set_index("variant")
+    assert list(best.index) == ["F0-pico", "F0-nano", "F0-micro", "F0-mini"], "each size has its range of compute"
+    assert result.law.r_squared > 0.97
+    grown = " ".join(study_laws.study_laws(result.cells, runs, resamples=100).sentences())
+    assert "at rates that these runs do not tell apart" in grown
 
 
 @pytest.mark.parametrize("cells", [1, 2, 6, 7])
