@@ -57,7 +57,7 @@ def figure_function(function: Callable[..., Figure]) -> Callable[..., Figure]:
         with mpl.rc_context(theme):
             figure = function(*args, **kwargs)
             for axes in figure.axes:
-                _separate([text for text in axes.texts if text.get_gid() == "label"])
+                _separate([text for text in axes.texts if text.get_gid() == "label"], axes)
             figure.draw_without_rendering()  # ticks are made when first drawn, with the settings of that moment
         return figure
 
@@ -88,14 +88,21 @@ def label_point(axes: Axes, text: str, x, y, color, offset: tuple = (9, 0)) -> N
     note.set_gid("label")
 
 
-def _separate(labels: list, steps: int = 60) -> None:
-    """Push overlapping labels apart vertically, a little at a time."""
-    if len(labels) < 2:
+def _separate(labels: list, axes: Axes, steps: int = 60) -> None:
+    """Push labels off each other and off the markers of the lines, up or down, a little at a time."""
+    if not labels:
         return
-    labels[0].figure.draw_without_rendering()
+    axes.figure.draw_without_rendering()
+    marked = [line for line in axes.lines if line.get_marker() not in ("", " ", "None", None) and len(line.get_xdata())]
+    marks = np.concatenate([axes.transData.transform(line.get_xydata()) for line in marked] or [np.empty((0, 2))])
     for _ in range(steps):
         boxes = [label.get_window_extent().padded(1.0) for label in labels]
         moved = False
+        for label, box in zip(labels, boxes, strict=True):
+            for x, y in marks:
+                if box.x0 < x < box.x1 and box.y0 - 5 < y < box.y1 + 5:
+                    label.xyann = (label.xyann[0], label.xyann[1] + (1.5 if y <= (box.y0 + box.y1) / 2 else -1.5))
+                    moved = True
         for i, upper in enumerate(labels):
             for j in range(i):
                 if boxes[i].overlaps(boxes[j]):
@@ -127,10 +134,15 @@ def log_axis(axis, values, room: tuple = (0.04, 0.04)) -> None:
         axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
         axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_locator(ticker.NullLocator())
-    elif high / low < 100:  # matplotlib would label every second minor tick, one over the other
-        axis.set_major_locator(ticker.LogLocator(subs=(1, 3)))
-        axis.set_major_formatter(ticker.LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(np.inf, np.inf)))
-        axis.set_minor_formatter(ticker.NullFormatter())
+    elif high / low < 100:
+        sparse_ticks(axis)
+
+
+def sparse_ticks(axis) -> None:
+    """1 and 3 times powers of ten: matplotlib would label every second minor tick, one over the other."""
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 3)))
+    axis.set_major_formatter(ticker.LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(np.inf, np.inf)))
+    axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def plain_ticks(axis, most: int = 6) -> None:

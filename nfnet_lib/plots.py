@@ -21,6 +21,7 @@ from nfnet_lib.plot_style import (
     new_figure,
     plain_ticks,
     save_figure,
+    sparse_ticks,
     variant_style,
 )  # fmt: skip
 from nfnet_lib.scaling import FrontierResult, variant_order
@@ -68,6 +69,8 @@ def _hours_axis(axes: Axes) -> None:
     if high / low < 12:
         plain_ticks(top.xaxis)
         top.xaxis.set_major_formatter(ticker.FuncFormatter(lambda hours, _: f"{hours:.3g}"))
+    elif high / low < 100:
+        sparse_ticks(top.xaxis)
 
 
 @figure_function

@@ -184,6 +184,19 @@ def test_no_two_vits_or_laptop_networks_share_a_colour():
     assert len({str(plots.variant_style(name)["color"]) for name in laptop}) == 7
 
 
+def test_labels_stay_off_the_markers_of_others():
+    table = pd.DataFrame({
+        "variant": ["F0-mini", "F1-mini", "F3-mini"], "pretrain_compute": [1e11, 1.2e11, 9e11],
+        "top1_error_percent": [4.0, 4.0, 9.0], "repeated_augmentation": False,
+    })  # fmt: skip
+    figure = plots.figure1(table)
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    box = {label.get_text(): label.get_window_extent() for label in _labels(axes)}["F0-mini"]
+    x, y = axes.transData.transform((1.2e11, 4.0))
+    assert box.x0 < x < box.x1 and not box.y0 - 3 < y < box.y1 + 3
+
+
 def test_the_note_is_on_the_figure_and_global_settings_are_untouched(result):
     before = dict(mpl.rcParams)
     figure = plots.figure2(result, note="two laptops")
