@@ -189,7 +189,8 @@ def loss_figure(cells: "pd.DataFrame", lines: FrontierLines | None, compute: flo
     """Held-out loss against compute, a curve a variant; the frontier's line with its interval, and a budget on it."""
     figure, axes = _figure()
     log_axis(axes.xaxis, [*cells["train_flops"], *([compute] if compute else [])], room=(0.05, 0.12))
-    log_axis(axes.yaxis, cells["heldout_loss"], room=(0.3, 0.06))
+    predicted = lines.losses(np.array([compute]))[0] if lines is not None and compute else np.empty(0)
+    log_axis(axes.yaxis, [*cells["heldout_loss"], *predicted], room=(0.3, 0.06))
     for name in variant_order(cells["variant"]):
         part = cells[cells["variant"] == name].sort_values("train_flops")
         style = variant_style(name)
@@ -203,7 +204,7 @@ def loss_figure(cells: "pd.DataFrame", lines: FrontierLines | None, compute: flo
         axes.fill_between(where, low, high, color="0.6", alpha=0.3, linewidth=0)
         axes.plot(where, best, color="black", linewidth=1.2, linestyle=(0, (4, 3)))
         if compute:
-            axes.plot([compute], lines.losses(np.array([compute]))[0], marker="*", markersize=16, color="black")
+            axes.plot([compute], predicted, marker="*", markersize=16, color="black")
     if compute:
         axes.axvline(compute, color="0.4", linewidth=1, linestyle=(0, (1, 2)))
     axes.set(xlabel="training compute (FLOPs)", ylabel="held-out loss (nats per image)")

@@ -4,11 +4,12 @@ import io
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 import synthetic
 from PIL import Image
 
-from nfnet_lib import study_explorer
+from nfnet_lib import PROJECT, study_explorer
 from nfnet_lib.optimum import FrontierLines
 from nfnet_lib.scaling import best_per_cell
 from nfnet_lib.study_explorer import VIEWS, Explorer
@@ -46,6 +47,15 @@ def test_every_view_and_control(folder):
     assert "no run of these variants" in explorer.text.value and explorer.picture.layout.display == "none"
     explorer.variants.value = ("F0-mini",)
     assert explorer.picture.layout.display == ""
+
+
+def test_the_predicted_loss_is_in_the_picture_below_all_cells_too():
+    cells = best_per_cell(pd.read_csv(PROJECT / "outputs" / "published" / "results.csv"))
+    lines, compute = FrontierLines(cells), 7e11
+    predicted = float(lines.losses(np.array([compute]))[0][0])
+    assert predicted < cells["heldout_loss"].min()
+    axes = study_explorer.loss_figure(cells, lines, compute).axes[0]
+    assert axes.get_ylim()[0] < predicted and axes.get_ylim()[1] > cells["heldout_loss"].max()
 
 
 def test_two_runs_side_by_side(folder):
