@@ -7,9 +7,9 @@ et al. 2023 (arXiv 2305.13035) Table 1 (counts). Published "GFLOPs" of ViTs are 
 
 The `-mini` families are this project's own laptop-scale copies. NFNets: one eighth of the width, group width 16, the same
 depth pattern, block, stem and rules, so that every mechanism of the full family is exercised on a CPU. F0-micro, F0-nano and
-F0-pico are a half, a quarter and an eighth as wide as F0-mini, stem and all: the sizes among which the compute of a laptop
-chooses (LOG.md). ViTs: 4x4 patches,
-shapes chosen so that Ti, S, B and L cost the MACs of F0-, F1-, F3- and F7-mini at 32 px (within 3%).
+F0-pico are a half, a quarter and an eighth as wide as F0-mini, stem and all, in groups of at least 4 channels: the sizes among
+which the compute of a laptop chooses (LOG.md). ViTs: 4x4 patches, shapes chosen so that Ti, S, B and L cost the MACs of F0-,
+F1-, F3- and F7-mini at 32 px (within 3%).
 """
 
 import dataclasses
@@ -168,7 +168,7 @@ def _build() -> dict[str, Variant]:
             variants |= {full.name: full, mini.name: mini}
     for suffix, divisor in NARROWER.items():
         mini = variants["F0-mini"]
-        width, stem = (tuple(channels // divisor for channels in all_) for all_ in (mini.width, mini.stem))
+        width, stem = (tuple(channels // divisor for channels in each) for each in (mini.width, mini.stem))
         name, group_width = f"F0{suffix}", max(4, mini.group_width // divisor)
         variants[name] = dataclasses.replace(mini, name=name, width=width, stem=stem, group_width=group_width)
     return variants
