@@ -14,6 +14,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -254,16 +255,22 @@ def _main(parent: int) -> None:
     if request["cores"]:
         os.sched_setaffinity(0, request["cores"])
     papermill = _papermill()
+    from traitlets.config import Config
+
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     logging.getLogger("papermill").setLevel(logging.INFO)  # what cells print, as they do
-    try:
-        papermill.execute_notebook(
-            _with_command(Path(request["notebook"]), request["parameters"]), request["output"], request["parameters"],
-            kernel_name="python3", progress_bar=False, log_output=True, start_timeout=180, coalesce_streams=True,
-        )  # fmt: skip
-    finally:
-        if Path(request["output"]).exists():
-            _shorten_outputs(Path(request["output"]))
+    # Over sockets in the file system: of ports, two kernels that start at once are given the same now and then.
+    with tempfile.TemporaryDirectory(prefix="nfnet-kernel-") as sockets:
+        try:
+            papermill.execute_notebook(
+                _with_command(Path(request["notebook"]), request["parameters"]), request["output"], request["parameters"],
+                kernel_name="python3", progress_bar=False, log_output=True, start_timeout=180, coalesce_streams=True,
+                shutdown_kernel="immediate",  # all it had to say is on disk; to take JAX down in good order takes a second
+                config=Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"}),
+            )  # fmt: skip
+        finally:
+            if Path(request["output"]).exists():
+                _shorten_outputs(Path(request["output"]))
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ def serve(tmp_path):
         port = free_port()
         environment = os.environ | {f"JUPYTER_{name}_DIR": str(tmp_path / name) for name in ("CONFIG", "DATA", "RUNTIME")}
         environment |= {f"JUPYTERLAB_{name}_DIR": str(tmp_path / name) for name in ("SETTINGS", "WORKSPACES")}
+        environment["npm_config_cache"] = str(tmp_path / "npm")  # its language servers ask npm, which spins without one
         settings = tmp_path / "SETTINGS" / "@jupyterlab" / "apputils-extension"
         settings.mkdir(parents=True, exist_ok=True)
         (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
