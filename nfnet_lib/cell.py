@@ -126,7 +126,7 @@ def execute(
         last = ([line for line in text.strip().splitlines() if line.strip()] or [""])[-1][:500]
         if re.match(r"(\w+\.)*Stopped: ", last):
             raise CellStopped(last)
-        lost = process.returncode < 0 or "DeadKernelError" in last
+        lost = process.returncode < 0 or "DeadKernelError" in last or "Kernel died before" in last
         if process.returncode < 0:
             last = f"its process was ended by {signal.Signals(-process.returncode).name}"
         raise CellFailed(last or f"exit code {process.returncode}", text, lost)

@@ -32,6 +32,7 @@ from nfnet_lib.sampler import ExactlyOnceSampler, uniforms
 from nfnet_lib.sources import Source
 
 CHUNK = 64  # views that one worker makes at a time: enough to amortise its start, few enough to share a batch out
+IDS_AT_ONCE = 1024
 EXIT_SECONDS = 5  # that the end of the process waits for threads at work
 RETRY_SECONDS = (0.1, 0.5)  # waits before a failed read is tried again: network mounts hiccup
 
@@ -111,8 +112,7 @@ def train_batches(
 
     def jobs() -> Iterator[_Job]:
         position = start
-        while True:
-            ids = sampler.process_ids(position, position + unique, process_index, process_count)
+        for ids in _ids_of_batches(sampler, start, unique, process_index, process_count):
             first = position + process_index * share
             batch = _empty(share * augmult, resolution, reader.labels_per_example * (2 if how.mixes else 1))
             job = _Job(batch._replace(ids=ids, position=position + unique), [])
@@ -176,6 +176,19 @@ def on_device(
         if len(pending) > ahead:
             yield pending.popleft()
     yield from pending
+
+
+def _ids_of_batches(
+    sampler: ExactlyOnceSampler, position: int, unique: int, process_index: int, process_count: int
+) -> Iterator[Int64[np.ndarray, " U"]]:
+    """What one process loads of each batch of `unique` examples from a position on. Of small batches many are asked for at
+    once: a thousand ids take the sampler little longer than thirty.
+    """
+    many = max(1, IDS_AT_ONCE // unique)
+    while True:
+        stretch = sampler.example_ids(position, position + many * unique)
+        yield from stretch.reshape(many, process_count, -1)[:, process_index]
+        position += many * unique
 
 
 class _Job(NamedTuple):

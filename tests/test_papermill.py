@@ -77,6 +77,26 @@ def test_a_dead_kernel_is_told_and_lost(tmp_path):
     assert not failure.value.lost
 
 
+def test_a_kernel_that_can_not_start_is_lost(tmp_path, monkeypatch):
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "ipykernel_launcher.py").write_text("raise SystemExit(1)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+    with pytest.raises(CellFailed, match="Kernel died") as failure:
+        execute(notebook(tmp_path / "in.ipynb", "print('never')"), tmp_path / "out.ipynb", {})
+    assert failure.value.lost and not (tmp_path / "out.ipynb").exists()
+
+
+def test_kernels_need_no_ports_of_which_two_could_be_given_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    code = "import json; from ipykernel.connect import get_connection_info; info = json.loads(get_connection_info())"
+    path = notebook(tmp_path / "in.ipynb", code, "print(info['transport'], info['ip'])")
+    execute(path, tmp_path / "out.ipynb", {})
+    (output,) = [o for c in nbformat.read(tmp_path / "out.ipynb", 4).cells for o in c.get("outputs", [])]
+    transport, place = output.text.split()
+    assert transport == "ipc" and place.startswith(str(tmp_path))
+    assert not list(tmp_path.glob("nfnet-kernel-*")), "sockets go with their kernel"
+
+
 def test_a_notebook_that_is_half_written_is_not_taken_for_done(tmp_path):
     """Papermill writes in place: who kills it while it does leaves an empty file, under another name than the result's."""
     folder = tmp_path / "pretrain_x"

@@ -1,0 +1,106 @@
+"""Compiled programs are kept whole: found again only by what they were made from, and never trusted when damaged."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from nfnet_lib import PROJECT, program_store
+from nfnet_lib.files import write_json
+from nfnet_lib.records import read_metrics
+
+TINY = {
+    "variant": "Ti/4-mini", "optimizer": "adamw", "peak_lr": 0.002, "num_classes": 4, "image_size": 8, "resolution": 8,
+    "eval_resolution": 8, "examples_per_epoch": 32, "heldout_examples": 8, "batch_size": 4, "kind": "pretrain",
+}  # fmt: skip
+WITHOUT_COMPILING = """
+import sys, jax
+from nfnet_lib import train
+def refused(*_, **__):
+    raise AssertionError("compiled again")
+jax.stages.Lowered.compile = refused
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "compiled"))
+    yield tmp_path / "compiled"
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def compiled(factor=2.0):
+    state = {"x": jax.ShapeDtypeStruct((3,), jnp.float32), "count": jax.ShapeDtypeStruct((), jnp.int32)}
+    step = jax.jit(lambda s: {"x": s["x"] * factor, "count": s["count"] + 1}, donate_argnums=0)
+    return step.lower(state).compile()
+
+
+def test_a_kept_program_computes_the_same(folder):
+    path, made = program_store.path_of("step", (1, "a")), compiled()
+    assert path.parent == folder and program_store.load(path) is None
+    program_store.store(path, made)
+    found = program_store.load(path)
+    for program in (made, found):
+        given = {"x": jnp.arange(3.0), "count": jnp.int32(4)}
+        result = program(given)
+        assert result["x"].tolist() == [0, 2, 4] and result["count"] == 5
+        assert given["x"].is_deleted(), "donated, as it was"
+
+
+@pytest.mark.parametrize("damage", [b"", b"x" * 40, None, "flipped"])
+def test_a_damaged_one_is_none(folder, damage):
+    path = program_store.path_of("step", ())
+    program_store.store(path, compiled())
+    content = path.read_bytes()
+    if damage == "flipped":
+        middle = len(content) // 2
+        damage = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    path.write_bytes(content[: len(content) // 2] if damage is None else damage)
+    assert program_store.load(path) is None
+    program_store.store(path, compiled())
+    assert program_store.load(path) is not None, "and it is replaced"
+
+
+def test_it_is_found_by_what_it_is_made_from_and_where(folder, monkeypatch):
+    paths = {program_store.path_of("step", (1,)), program_store.path_of("step", (2,)), program_store.path_of("init", (1,))}
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
+    paths.add(program_store.path_of("step", (1,)))
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    with jax.default_matmul_precision("highest"):
+        paths.add(program_store.path_of("step", (1,)))
+    monkeypatch.setattr(program_store, "_code", lambda: "other code")
+    paths.add(program_store.path_of("step", (1,)))
+    monkeypatch.setattr(program_store, "_machine", lambda: "other machine")
+    paths.add(program_store.path_of("step", (1,)))
+    assert len(paths) == 7
+
+
+def test_none_is_kept_without_a_cache_or_by_several_processes(folder, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert program_store.path_of("step", ()) is None
+    monkeypatch.undo()
+    jax.config.update("jax_compilation_cache_dir", "gs://bucket/cache")
+    assert program_store.path_of("step", ()) is None
+    jax.config.update("jax_compilation_cache_dir", None)
+    assert program_store.path_of("step", ()) is None
+
+
+def test_the_next_process_compiles_nothing_and_ends_with_the_same_digits(tmp_path):
+    write_json(tmp_path / "params.json", TINY)
+
+    def train(name, cache, *command):
+        arguments = [str(tmp_path / "params.json"), "--cache-dir", str(tmp_path / cache), "--out", str(tmp_path / name)]
+        command = [sys.executable, *command, *arguments]
+        return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+
+    first = train("first", "cache", "-m", "nfnet_lib.train")
+    assert first.returncode == 0, first.stderr
+    second = train("second", "cache", "-c", WITHOUT_COMPILING)
+    assert second.returncode == 0, second.stderr
+    losses = [read_metrics(tmp_path / name)["loss"].tolist() for name in ("first", "second")]
+    assert losses[0] == losses[1] and len(losses[0]) == 8
+    assert "compiled again" in train("third", "other", "-c", WITHOUT_COMPILING).stderr
