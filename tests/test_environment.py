@@ -26,8 +26,8 @@ SUPPORTED_PYTHONS = ["3.11", "3.12"]  # both are tested; the same two stand in p
 JAX_MODULES = {
     *("nfnet", "convolution", "remat", "vit", "models", "pretrained", "big_vision", "weights", "predict"),
     *("agc", "sam", "optim", "losses", "step", "train", "checkpoint", "plan"),
-    *("loader", "program", "program_store", "dedup", "finetune", "distributed", "sharding", "provenance", "selection", "evaluate", "profiling"),
-    "stopping",
+    *("loader", "program", "dedup", "finetune", "distributed", "sharding", "provenance", "selection", "evaluate", "profiling"),
+    *("stopping", "program_store"),
 }
 
 
