@@ -163,9 +163,7 @@ def _compiled(kept: Path | None, function, *arguments) -> jax.stages.Compiled:
     if kept is not None and (program := program_store.load(kept)) is not None:
         return program
     options = _CPU_OPTIONS if jax.default_backend() == "cpu" else None
-    program = function.lower(*arguments).compile(compiler_options=options)
-    if kept is not None:
-        program_store.store(kept, program)
+    program = program_store.compiled(function.lower(*arguments), options, kept)
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     return program

@@ -2,6 +2,7 @@
 
 JAX's own cache is asked by the text of a lowered program, which takes longer to make than a narrow network takes to train.
 Here the question is what the program is made from, and the code itself; JAX's cache still answers after the code has changed.
+As with JAX's, who can write to the cache can make its readers run what they like.
 """
 
 import functools
@@ -11,15 +12,26 @@ import pickle
 import platform
 import re
 import sys
+import threading
 from importlib.metadata import version
 from pathlib import Path
 
 import jax
+import jax.monitoring
 from jax.experimental import serialize_executable
 
 from nfnet_lib.files import write_bytes
 
 _DIGEST = 16  # bytes of the content's, in front of it
+_read_by_jax = threading.local()  # .count: programs that this thread's compilations took from JAX's cache
+
+
+def _count(event: str, **_) -> None:
+    if event == "/jax/compilation_cache/cache_hits":
+        _read_by_jax.count = getattr(_read_by_jax, "count", 0) + 1
+
+
+jax.monitoring.register_event_listener(_count)
 
 
 def path_of(name: str, made_from: tuple) -> Path | None:
@@ -45,17 +57,22 @@ def load(path: Path) -> jax.stages.Compiled | None:
         return None
 
 
-def store(path: Path, program: jax.stages.Compiled) -> None:
-    """Keep a program, or do without: one that came out of JAX's cache can't be written again, and a disk may be full."""
-    try:
-        content = pickle.dumps(serialize_executable.serialize(program))
-    except Exception:  # XLA says why in no type of its own
-        return
+def compiled(lowered: jax.stages.Lowered, options: dict | None, path: Path | None) -> jax.stages.Compiled:
+    """Compile a lowered program and keep it, or do without: a disk may be full.
+
+    One that comes out of JAX's cache is not kept: written again it lacks some of its functions, which is found when it runs.
+    """
+    before = getattr(_read_by_jax, "count", 0)
+    program = lowered.compile(compiler_options=options)
+    if path is None or getattr(_read_by_jax, "count", 0) != before:
+        return program
+    content = pickle.dumps(serialize_executable.serialize(program))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, _digest(content) + content, overwrite=True)
     except OSError as error:
         print(f"note: compiled programs are not kept for other runs: {error}", file=sys.stderr)
+    return program
 
 
 def _digest(content: bytes) -> bytes:

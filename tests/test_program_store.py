@@ -6,6 +6,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from nfnet_lib import PROJECT, program_store
 from nfnet_lib.files import write_json
@@ -33,18 +34,16 @@ def folder(tmp_path):
     jax.config.update("jax_compilation_cache_dir", before)
 
 
-def compiled(factor=2.0):
+def lowered(factor=2.0):
     state = {"x": jax.ShapeDtypeStruct((3,), jnp.float32), "count": jax.ShapeDtypeStruct((), jnp.int32)}
     step = jax.jit(lambda s: {"x": s["x"] * factor, "count": s["count"] + 1}, donate_argnums=0)
-    return step.lower(state).compile()
+    return step.lower(state)
 
 
 def test_a_kept_program_computes_the_same(folder):
-    path, made = program_store.path_of("step", (1, "a")), compiled()
+    path = program_store.path_of("step", (1, "a"))
     assert path.parent == folder and program_store.load(path) is None
-    program_store.store(path, made)
-    found = program_store.load(path)
-    for program in (made, found):
+    for program in (program_store.compiled(lowered(), None, path), program_store.load(path)):
         given = {"x": jnp.arange(3.0), "count": jnp.int32(4)}
         result = program(given)
         assert result["x"].tolist() == [0, 2, 4] and result["count"] == 5
@@ -54,15 +53,37 @@ def test_a_kept_program_computes_the_same(folder):
 @pytest.mark.parametrize("damage", [b"", b"x" * 40, None, "flipped"])
 def test_a_damaged_one_is_none(folder, damage):
     path = program_store.path_of("step", ())
-    program_store.store(path, compiled())
+    program_store.compiled(lowered(), None, path)
     content = path.read_bytes()
     if damage == "flipped":
         middle = len(content) // 2
         damage = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
     path.write_bytes(content[: len(content) // 2] if damage is None else damage)
     assert program_store.load(path) is None
-    program_store.store(path, compiled())
+    program_store.compiled(lowered(), None, path)
     assert program_store.load(path) is not None, "and it is replaced"
+
+
+def test_what_jax_s_cache_gave_is_not_kept(folder):
+    """Written again it may lack functions, and that is found when it runs. The first of two processes at once makes it so."""
+    settings = {"jax_persistent_cache_min_compile_time_secs": 0, "jax_persistent_cache_min_entry_size_bytes": -1}
+    before = {name: getattr(jax.config, name) for name in settings}
+    path = program_store.path_of("step", ())
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        program_store.compiled(lowered(7.0), None, None)
+        assert list(folder.glob("*-cache"))
+        jax.clear_caches()
+        program_store.compiled(lowered(7.0), None, path)
+        assert not path.exists()
+        program_store.compiled(lowered(8.0), None, path)
+        assert path.exists()
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 def test_it_is_found_by_what_it_is_made_from_and_where(folder, monkeypatch):
