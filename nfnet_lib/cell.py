@@ -29,6 +29,7 @@ from nfnet_lib.tuning import tuned_already
 
 NOTEBOOKS = PROJECT / "notebooks"
 LONGEST_OUTPUT = 200_000  # characters of one printed output that a notebook keeps; the log has all of it
+LONGEST_SOCKET_FOLDER = 70  # characters: a socket's whole name may have 103 (macOS) or 107 (Linux)
 INTERACTIVE = "JPY_SESSION_NAME"  # which a Jupyter server sets for the kernels of open notebooks
 _RUN_NOTEBOOK = {"pretrain": "02_pretrain.ipynb", "finetune": "03_finetune.ipynb"}
 # XLA takes its work space anew at every step on CPU: 15% off a step from large pages, 3% where the process keeps it (LOG.md).
@@ -260,7 +261,8 @@ def _main(parent: int) -> None:
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     logging.getLogger("papermill").setLevel(logging.INFO)  # what cells print, as they do
     # Over sockets in the file system: of ports, two kernels that start at once are given the same now and then.
-    with tempfile.TemporaryDirectory(prefix="nfnet-kernel-") as sockets:
+    short = None if len(tempfile.gettempdir()) < LONGEST_SOCKET_FOLDER else "/tmp"
+    with tempfile.TemporaryDirectory(prefix="nfnet-kernel-", dir=short) as sockets:
         try:
             papermill.execute_notebook(
                 _with_command(Path(request["notebook"]), request["parameters"]), request["output"], request["parameters"],

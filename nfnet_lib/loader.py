@@ -32,7 +32,7 @@ from nfnet_lib.sampler import ExactlyOnceSampler, uniforms
 from nfnet_lib.sources import Source
 
 CHUNK = 64  # views that one worker makes at a time: enough to amortise its start, few enough to share a batch out
-IDS_AT_ONCE = 1024
+IDS_AT_ONCE = 1024  # of small batches, asked of the sampler together
 EXIT_SECONDS = 5  # that the end of the process waits for threads at work
 RETRY_SECONDS = (0.1, 0.5)  # waits before a failed read is tried again: network mounts hiccup
 
