@@ -42,7 +42,7 @@ reproduce: $(STAMP) ## run the laptop study and write its report; prints the rep
 	$(BIN)/nfnet study $(STUDY) $(ARGS)
 
 test: lint $(VENV)/.extra-ray $(VENV)/.extra-app $(if $(filter-out 0,$(PARITY)),$(VENV)/.parity) $(if $(filter-out 0,$(BROWSER)),$(VENV)/.browser) ## lint, then every test, or those of ARGS (PARITY=0: without PyTorch and timm; BROWSER=0: without a browser)
-	$(if $(ARGS),$(PYTEST) $(if $(filter 0,$(BROWSER)),-m "not browser") $(ARGS),$(PYTEST) -n 2 --dist loadfile -m "not alone" && $(PYTEST) -m "alone$(if $(filter 0,$(BROWSER)), and not browser)")
+	$(if $(ARGS),$(PYTEST) $(if $(filter 0,$(BROWSER)),-m "not browser") $(ARGS),OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile -m "not alone" && $(PYTEST) -m "alone$(if $(filter 0,$(BROWSER)), and not browser)")
 
 faults: $(STAMP) $(VENV)/.extra-ray $(VENV)/.extra-app ## make every fault of docs/reliability.md, in its long form, and write what happened
 	$(BIN)/python tests/faults.py $(ARGS)

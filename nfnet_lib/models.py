@@ -163,7 +163,8 @@ def signal_table(
     init_key, image_key = jax.random.split(jax.random.key(seed))
     if params is None:
         params = jax.tree_util.tree_map_with_path(
-            lambda path, p: jnp.full_like(p, skip_gain) if str(path[-1].key) == "skip_gain" else p, model.init(init_key)
+            lambda path, p: jnp.full_like(p, skip_gain) if str(path[-1].key) == "skip_gain" else p,
+            jax.jit(model.init)(init_key),
         )
     side = resolution or model.variant.train_px
     images = jax.random.normal(image_key, (batch_size, side, side, 3))

@@ -1,5 +1,6 @@
 """A picture in, the likeliest classes out, with any weights that `weights.load_weights` reads."""
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -39,11 +40,18 @@ def predict(
     top = min(5, model.num_classes) if top is None else top
     if not 1 <= top <= model.num_classes:
         raise ConfigError(f"top: {top} is out of range; allowed: 1 to {model.num_classes}, the classes of the weights")
-    probabilities = np.asarray(jax.nn.softmax(jax.jit(model.apply)(params, prepared([pixels]))[0]))
+    logits = _logits(model.variant.name, model.num_classes, tuple(sorted(model.settings.items())))
+    probabilities = np.asarray(jax.nn.softmax(logits(params, prepared([pixels]))[0]))
     best = np.argsort(-probabilities, kind="stable")[:top]
     return pd.DataFrame(
         {"class": best, "label": [names[i] for i in best], "probability": probabilities[best].astype(float)}
     )
+
+
+@functools.lru_cache(maxsize=4)
+def _logits(name: str, num_classes: int, settings: tuple):
+    """Compiled once for all pictures that a process looks at."""
+    return jax.jit(models.create(name, num_classes, **dict(settings)).apply)
 
 
 def embedder(weights: str | os.PathLike, resolution: int | None = None):

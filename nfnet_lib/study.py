@@ -99,22 +99,22 @@ def _graph(study: StudyConfig, study_dir: Path) -> list[Step]:
         origins = [cell for cell in cells if cell.variant == study.variants[0]]
         comparison = _comparison_step(study, study_dir, compared[0].name, origins)
         tuned = [compared[0], comparison, *(step for step in tuned if step is not compared[0])]  # the longest chain first
-    steps += tuned
-    pretraining, runs = tuple(name for names in of_cell.values() for name in names), tuple(step.name for step in steps)
+    pretraining = tuple(name for names in of_cell.values() for name in names)
+    early = [name for name in study.notebooks if name == "01_architecture"]  # it shows the best pre-training run
+    runs = tuple(step.name for step in steps + tuned)
+    steps += [*tuned[:2], *(_analysis_step(study, study_dir, name, pretraining) for name in early), *tuned[2:]]
 
     def table() -> None:
         results_csv(collect(study_dir), study_dir / "results.csv")
 
     steps.append(Step("results.csv", runs, table, lambda *_: ""))
-    return steps + [
-        Step(
-            name,
-            pretraining if name == "01_architecture" else ("results.csv",),  # it shows the best pre-training run
-            functools.partial(_notebook, study, study_dir, name, _shown(study, study_dir, name), "cpu"),
-            _executed(name),
-        )
-        for name in study.notebooks
-    ]
+    late = [name for name in study.notebooks if name not in early]
+    return steps + [_analysis_step(study, study_dir, name, ("results.csv",)) for name in late]
+
+
+def _analysis_step(study: StudyConfig, study_dir: Path, name: str, needs: tuple[str, ...]) -> Step:
+    make = functools.partial(_notebook, study, study_dir, name, _shown(study, study_dir, name), "cpu")
+    return Step(name, needs, make, _executed(name))
 
 
 def _shown(study: StudyConfig, study_dir: Path, name: str) -> dict[str, Any]:
