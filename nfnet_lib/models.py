@@ -1,6 +1,7 @@
 """`create` builds a model by name; its parameters are a plain nested dict, apart from the model."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -26,7 +27,7 @@ from nfnet_lib.vit import ViT
 Params = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # each model is itself, so that JAX can tell whose program it has compiled
 class Model:
     """A model definition without parameters.
 
@@ -39,6 +40,7 @@ class Model:
     _graphdef: Any
     _state: Any  # abstract: shapes and dtypes only
 
+    @functools.partial(jax.jit, static_argnums=0)  # a third of the time that it takes operation by operation
     def init(self, key: Key[Array, ""]) -> Params:
         """Fresh float32 parameters: a nested dict; the repeated blocks of a stage are stacked on a leading axis.
 
@@ -163,8 +165,7 @@ def signal_table(
     init_key, image_key = jax.random.split(jax.random.key(seed))
     if params is None:
         params = jax.tree_util.tree_map_with_path(
-            lambda path, p: jnp.full_like(p, skip_gain) if str(path[-1].key) == "skip_gain" else p,
-            jax.jit(model.init)(init_key),
+            lambda path, p: jnp.full_like(p, skip_gain) if str(path[-1].key) == "skip_gain" else p, model.init(init_key)
         )
     side = resolution or model.variant.train_px
     images = jax.random.normal(image_key, (batch_size, side, side, 3))

@@ -11,12 +11,17 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from nfnet_lib import flops, models, tuning
 from nfnet_lib.checkpoint import CheckpointError, Checkpoints
 from nfnet_lib.config import ConfigError, FinetuneConfig, PretrainConfig
+from nfnet_lib.loader import Examples
+from nfnet_lib.optim import make_optimizer
+from nfnet_lib.program import PROGRAM_PARAMETERS, programs
+from nfnet_lib.step import train_step
 from nfnet_lib.train import NonFiniteLoss, Stopped, main, run
 from nfnet_lib.variants import get_variant
 from nfnet_lib.weights import load_params
@@ -25,6 +30,10 @@ TINY = {
     "variant": "F0-mini", "num_classes": 8, "image_size": 16, "resolution": 16, "eval_resolution": 16,
     "examples_per_epoch": 64, "heldout_examples": 30, "batch_size": 16, "epoch_budget": 2.0, "peak_lr": 0.05,
     "checkpoints": 4, "evaluations": 2,
+}  # fmt: skip
+FINETUNED = TINY | {
+    "dataset": "digits", "resolution": 24, "eval_resolution": 24, "epoch_budget": 1.0, "rho": 0.05, "drop_rate": 0.2,
+    "stochdepth_rate": 0.1, "ema_decay": 0.9, "flip": False,
 }  # fmt: skip
 TIMES = (
     "seconds", "wall_seconds", "compile_seconds", "images_per_second", "core_hours", "started_at", "finished_at",
@@ -161,11 +170,7 @@ def test_a_damaged_checkpoint_is_found_and_the_one_before_used(tmp_path):
 @pytest.mark.parametrize("augmult", [1, 4])
 def test_fine_tuning_takes_over_the_body(finished, cache, augmult):
     _, pretrained, _ = finished
-    config = FinetuneConfig(
-        **{**TINY, "dataset": "digits", "resolution": 24, "eval_resolution": 24, "epoch_budget": 1.0},
-        pretrained_run=pretrained.name, augmult=augmult, rho=0.05, drop_rate=0.2, stochdepth_rate=0.1, ema_decay=0.9,
-        flip=False,
-    )  # fmt: skip
+    config = FinetuneConfig(**FINETUNED, pretrained_run=pretrained.name, augmult=augmult)
     summary = run(config, pretrained.parent / config.run_id, cache_dir=cache, progress=False)
     assert summary["images_seen"] == 64 and summary["examples_drawn"] == 64 // augmult
     assert summary["train_flops"] == 2 * 6 * summary["forward_macs"] * 64, "SAM is two gradients"
@@ -174,6 +179,35 @@ def test_fine_tuning_takes_over_the_body(finished, cache, augmult):
     assert tuned["head"]["b"].shape == (10,) and body["head"]["b"].shape == (8,)
     w, before = tuned["stage2"]["first"]["conv0"]["w"], body["stage2"]["first"]["conv0"]["w"]
     assert np.linalg.norm(w - before) < 0.5 * np.linalg.norm(before), "started from the pre-trained body"
+
+
+def test_sam_s_step_as_runs_compile_it_is_the_step_as_written():
+    """On a CPU its kernels are made by other emitters than everything else's: every parameter after three steps."""
+    config = FinetuneConfig(**FINETUNED, pretrained_run="any")
+    values = tuple((name, getattr(config, name)) for name in PROGRAM_PARAMETERS)
+    program = programs(values, tuple(config.model_settings.items()), 10, (1, 1), config.heldout_examples)
+    model = models.create("F0-mini", 10, drop_rate=config.drop_rate, stochdepth_rate=config.stochdepth_rate)
+    optimizer = make_optimizer(
+        momentum=config.momentum, weight_decay=config.weight_decay, agc_clip=config.agc_clip, agc_eps=config.agc_eps
+    )
+    written = jax.jit(functools.partial(
+        train_step, model=model, optimizer=optimizer, loss="softmax", label_smoothing=config.label_smoothing, rho=config.rho,
+        ascent_fraction=1.0, ema_decay=config.ema_decay,
+    ))  # fmt: skip
+    key, noise = program.keys(0)
+    schedule, generator = program.schedule(0.05, 1, 4), np.random.default_rng(0)
+    ours, theirs = program.init(key), jax.tree.map(jnp.copy, program.init(key))
+    for _ in range(3):
+        examples = Examples(
+            generator.integers(0, 256, (16, 24, 24, 3), np.uint8), generator.integers(0, 10, (16, 1), np.int32),
+            np.ones((16, 1), np.float32), np.ones(16, np.float32),
+        )  # fmt: skip
+        ours, metrics = program.step(ours, program.place_batch(examples), schedule, noise)
+        theirs, wanted = written(theirs, examples, schedule, noise)
+        assert float(metrics["loss"]) == pytest.approx(float(wanted["loss"]), rel=1e-4)
+    for (path, one), two in zip(jax.tree_util.tree_leaves_with_path(ours.params), jax.tree.leaves(theirs.params), strict=True):
+        moved = float(jnp.max(jnp.abs(two)))
+        np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-4 * moved + 1e-7, err_msg=jax.tree_util.keystr(path))
 
 
 def test_refusals_write_nothing(finished, tmp_path):
