@@ -27,8 +27,9 @@ from nfnet_lib.step import Schedule, TrainState, eval_step, init_state, train_st
 EVAL_BATCH = 128
 # LLVM's higher levels take a fifth longer to compile steps that are no faster (LOG.md).
 _CPU_OPTIONS = {"xla_backend_optimization_level": 1}
-# Compile in 0.6 to 0.8 of the time what runs once or is hardly slower: SAM's steps take 0.97 to 1.07, plain ones up to 1.15.
-_OLDER_EMITTERS = {"xla_cpu_use_fusion_emitters": False}
+# False compiles in 0.6 to 0.8 of the time what runs once or is hardly slower: SAM's steps take 0.97 to 1.07, plain ones up to
+# 1.15. jax 0.12 has no such option any more.
+_NEWER_EMITTERS = "xla_cpu_use_fusion_emitters"
 
 # What a compiled program depends on; everything else of a config is data to it.
 PROGRAM_PARAMETERS = (
@@ -153,8 +154,9 @@ def programs(values: tuple, settings: tuple, num_classes: int, labels: tuple[int
 
     def program(name: str, function, *arguments) -> Program:
         made_from = (values, settings, num_classes, labels, eval_batch)
-        older = name == "init" or (name == "step" and config.rho > 0)
-        options = _CPU_OPTIONS | (_OLDER_EMITTERS if older else {}) if jax.default_backend() == "cpu" else {}
+        options = dict(_CPU_OPTIONS) if jax.default_backend() == "cpu" else {}
+        if options and (name == "init" or (name == "step" and config.rho > 0)) and compiler_knows(_NEWER_EMITTERS):
+            options[_NEWER_EMITTERS] = False
         return Program(program_store.path_of(name, made_from), options, function, *arguments)
 
     return Programs(
@@ -162,6 +164,16 @@ def programs(values: tuple, settings: tuple, num_classes: int, labels: tuple[int
         program("step", step, state, batch(config.batch_size, config.resolution, labels[0]), schedule, key),
         program("evaluation", evaluation, state.params, batch(eval_batch, config.eval_resolution, labels[1])), eval_batch,
     )  # fmt: skip
+
+
+@functools.cache
+def compiler_knows(option: str) -> bool:
+    """Whether this backend's compiler has a switch of this name: those of XLA come and go, and unknown ones are errors."""
+    try:
+        jax.jit(lambda: 0).lower().compile(compiler_options={option: False})
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 def _compiled(kept: Path | None, options: dict, function, *arguments) -> jax.stages.Compiled:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nfnet_lib import flops, models, tuning
+from nfnet_lib import flops, models, program, tuning
 from nfnet_lib.checkpoint import CheckpointError, Checkpoints
 from nfnet_lib.config import ConfigError, FinetuneConfig, PretrainConfig
 from nfnet_lib.loader import Examples
@@ -185,7 +185,7 @@ def test_sam_s_step_as_runs_compile_it_is_the_step_as_written():
     """On a CPU its kernels are made by other emitters than everything else's: every parameter after three steps."""
     config = FinetuneConfig(**FINETUNED, pretrained_run="any")
     values = tuple((name, getattr(config, name)) for name in PROGRAM_PARAMETERS)
-    program = programs(values, tuple(config.model_settings.items()), 10, (1, 1), config.heldout_examples)
+    made = programs(values, tuple(config.model_settings.items()), 10, (1, 1), config.heldout_examples)
     model = models.create("F0-mini", 10, drop_rate=config.drop_rate, stochdepth_rate=config.stochdepth_rate)
     optimizer = make_optimizer(
         momentum=config.momentum, weight_decay=config.weight_decay, agc_clip=config.agc_clip, agc_eps=config.agc_eps
@@ -194,20 +194,32 @@ def test_sam_s_step_as_runs_compile_it_is_the_step_as_written():
         train_step, model=model, optimizer=optimizer, loss="softmax", label_smoothing=config.label_smoothing, rho=config.rho,
         ascent_fraction=1.0, ema_decay=config.ema_decay,
     ))  # fmt: skip
-    key, noise = program.keys(0)
-    schedule, generator = program.schedule(0.05, 1, 4), np.random.default_rng(0)
-    ours, theirs = program.init(key), jax.tree.map(jnp.copy, program.init(key))
+    key, noise = made.keys(0)
+    schedule, generator = made.schedule(0.05, 1, 4), np.random.default_rng(0)
+    ours, theirs = made.init(key), jax.tree.map(jnp.copy, made.init(key))
     for _ in range(3):
         examples = Examples(
             generator.integers(0, 256, (16, 24, 24, 3), np.uint8), generator.integers(0, 10, (16, 1), np.int32),
             np.ones((16, 1), np.float32), np.ones(16, np.float32),
         )  # fmt: skip
-        ours, metrics = program.step(ours, program.place_batch(examples), schedule, noise)
+        ours, metrics = made.step(ours, made.place_batch(examples), schedule, noise)
         theirs, wanted = written(theirs, examples, schedule, noise)
         assert float(metrics["loss"]) == pytest.approx(float(wanted["loss"]), rel=1e-4)
     for (path, one), two in zip(jax.tree_util.tree_leaves_with_path(ours.params), jax.tree.leaves(theirs.params), strict=True):
         moved = float(jnp.max(jnp.abs(two)))
         np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-4 * moved + 1e-7, err_msg=jax.tree_util.keystr(path))
+
+
+def test_a_switch_that_the_compiler_does_not_have_is_left_out(monkeypatch):
+    """XLA drops some from one release to the next (jax 0.12 has no older emitters), and asked for one it compiles nothing."""
+    monkeypatch.setattr(program, "_NEWER_EMITTERS", "xla_cpu_no_such_switch")
+    assert program.compiler_knows("xla_cpu_enable_fast_math") and not program.compiler_knows("xla_cpu_no_such_switch")
+    config = FinetuneConfig(**FINETUNED, pretrained_run="any")
+    values = tuple((name, getattr(config, name)) for name in PROGRAM_PARAMETERS)
+    made = programs.__wrapped__(values, tuple(config.model_settings.items()), 10, (1, 1), config.heldout_examples)
+    key, _ = made.keys(0)
+    assert int(made.init(key).step) == 0
+    made.step.wait()
 
 
 def test_refusals_write_nothing(finished, tmp_path):
