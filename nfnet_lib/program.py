@@ -42,13 +42,15 @@ PROGRAM_PARAMETERS = (
 class Program:
     """A compiled function that may still be in the making: a call waits for it. Compiled one after another in a thread.
 
-    kept: where it is kept for other processes (`program_store`), or None. options: the compiler's.
+    kept: where it is kept for other processes (`program_store`), or None. older_emitters: whether XLA's older ones make its
+    kernels, where it has any.
     """
 
     _compiler = concurrent.futures.ThreadPoolExecutor(1, "compiler")
 
-    def __init__(self, kept: Path | None, options: dict, function, *arguments):
-        self._made = self._compiler.submit(contextvars.copy_context().run, _compiled, kept, options, function, *arguments)
+    def __init__(self, kept: Path | None, older_emitters: bool, function, *arguments):
+        context = contextvars.copy_context()
+        self._made = self._compiler.submit(context.run, _compiled, kept, older_emitters, function, *arguments)
 
     def __call__(self, *arguments):
         return self.wait()(*arguments)
@@ -154,10 +156,8 @@ def programs(values: tuple, settings: tuple, num_classes: int, labels: tuple[int
 
     def program(name: str, function, *arguments) -> Program:
         made_from = (values, settings, num_classes, labels, eval_batch)
-        options = dict(_CPU_OPTIONS) if jax.default_backend() == "cpu" else {}
-        if options and (name == "init" or (name == "step" and config.rho > 0)) and compiler_knows(_NEWER_EMITTERS):
-            options[_NEWER_EMITTERS] = False
-        return Program(program_store.path_of(name, made_from), options, function, *arguments)
+        older_emitters = name == "init" or (name == "step" and config.rho > 0)
+        return Program(program_store.path_of(name, made_from), older_emitters, function, *arguments)
 
     return Programs(
         mesh, placed, program("init", jax.jit(init, out_shardings=placed), key),
@@ -176,11 +176,18 @@ def compiler_knows(option: str) -> bool:
     return True
 
 
-def _compiled(kept: Path | None, options: dict, function, *arguments) -> jax.stages.Compiled:
+def _options(older_emitters: bool) -> dict[str, int | bool]:
+    """The compiler's on this backend."""
+    if jax.default_backend() != "cpu":
+        return {}
+    return _CPU_OPTIONS | ({_NEWER_EMITTERS: False} if older_emitters and compiler_knows(_NEWER_EMITTERS) else {})
+
+
+def _compiled(kept: Path | None, older_emitters: bool, function, *arguments) -> jax.stages.Compiled:
     """Kept from before or compiled. glibc keeps the gigabytes that the compiler frees (LOG.md): hand them back."""
     if kept is not None and (program := program_store.load(kept)) is not None:
         return program
-    program = program_store.compiled(function.lower(*arguments), options, kept)
+    program = program_store.compiled(function.lower(*arguments), _options(older_emitters), kept)
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     return program
