@@ -15,11 +15,8 @@ from nfnet_lib.cell import NOTEBOOKS, execute
 from nfnet_lib.config import StudyConfig
 from nfnet_lib.study import run_study
 
-# They start studies and other processes, kill and time them: each wants the whole machine for itself.
-ALONE = {
-    "test_browser", "test_distributed", "test_engines", "test_environment", "test_faults", "test_faults_resume", "test_loader",
-    "test_notebooks", "test_papermill", "test_profiling", "test_ray", "test_study",
-}  # fmt: skip
+# They start studies, kill and time them: each wants the whole machine for itself.
+ALONE = {"test_browser", "test_engines", "test_faults", "test_faults_resume", "test_profiling", "test_ray", "test_study"}
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses

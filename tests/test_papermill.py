@@ -1,9 +1,11 @@
 """Papermill's traps, each sprung on purpose; and what it is liked for still works by hand."""
 
+import contextlib
 import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ import yaml
 from nfnet_lib import PROJECT, cell
 from nfnet_lib.cell import CellFailed, command, execute
 from nfnet_lib.config import ConfigError, PretrainConfig
+from nfnet_lib.locks import holder
 
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
 
@@ -136,11 +139,12 @@ def test_an_executed_notebook_says_how_to_do_it_by_hand(tmp_path):
 
 
 WATCHED = """
-import os
+import os, signal
 os.environ["JPY_SESSION_NAME"] = "open.ipynb"
 from pathlib import Path
 from nfnet_lib import background
 from nfnet_lib.config import PretrainConfig
+from nfnet_lib.locks import holder
 config = PretrainConfig.from_params({"num_classes": 4, "image_size": 16, "resolution": 16, "eval_resolution": 16,
     "examples_per_epoch": 16384, "heldout_examples": 16, "batch_size": 16, "peak_lr": 0.05, "checkpoints": 1})
 folder = Path(work)
@@ -161,14 +165,21 @@ def test_a_run_outlives_the_notebook_that_started_it(tmp_path):
         if (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size:
             break
         time.sleep(0.1)
+    at_work = holder(run / ".background").pid
+    os.kill(at_work, signal.SIGSTOP)  # or it may be done before the second notebook has started
     second = notebook(
         tmp_path / "second.ipynb", WATCHED, "again = background.start(config, [], folder)",
-        "background.stop(config, [], folder)\ntry:\n    background.tune(config, [], folder, seconds=0.2)\n"
+        "background.stop(config, [], folder)\nos.kill(holder(again).pid, signal.SIGCONT)\n"
+        "try:\n    background.tune(config, [], folder, seconds=0.2)\n"
         "except Exception as error:\n    print('ended by', type(error).__name__)",
         "tuned = background.tune(config, [], folder, seconds=0.2)\nprint('loss', tuned.summary['heldout_loss'])",
         "background.panel(folder)", parameters=parameters,
     )  # fmt: skip
-    execute(second, tmp_path / "second_out.ipynb", {"work": str(folder)})
+    try:
+        execute(second, tmp_path / "second_out.ipynb", {"work": str(folder)})
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(at_work, signal.SIGCONT)
     outputs = json.dumps(nbformat.read(tmp_path / "second_out.ipynb", 4))
     assert "ended by CellStopped" in outputs and "loss " in outputs and "1 runs: 1 done" in outputs
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
