@@ -21,7 +21,7 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-SUPPORTED_PYTHONS = ["3.11", "3.12"]  # both are tested; the same two stand in pyproject.toml's classifiers
+SUPPORTED_PYTHONS = ["3.11", "3.12", "3.13"]  # the same stand in pyproject.toml's classifiers
 # The modules that may import JAX; everything else is analysis, which starts in about a second without it.
 JAX_MODULES = {
     *("nfnet", "convolution", "remat", "vit", "models", "pretrained", "big_vision", "weights", "predict"),
