@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nfnet_lib import PROJECT, tuning
-from nfnet_lib.cell import INTERACTIVE, CellFailed, CellStopped, cell_dir
+from nfnet_lib.cell import INTERACTIVE, NO_COLOURS, CellFailed, CellStopped, cell_dir
 from nfnet_lib.config import ConfigError, RunConfig, config_from_params
 from nfnet_lib.files import write_json
 from nfnet_lib.locks import exclusive, holder
@@ -53,7 +53,7 @@ def start(config: RunConfig, lr_grid: list[float], study_dir: Path) -> Path:
     write_json(folder / "request.json", {
         "config": config.model_dump(mode="json"), "lr_grid": list(lr_grid), "study_dir": str(Path(study_dir).resolve()),
     })  # fmt: skip
-    environment = {name: value for name, value in os.environ.items() if name != INTERACTIVE}
+    environment = {name: value for name, value in os.environ.items() if name != INTERACTIVE} | NO_COLOURS
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "nfnet_lib.background", str(folder)], stdin=subprocess.DEVNULL, stdout=log,

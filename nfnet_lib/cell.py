@@ -34,6 +34,8 @@ INTERACTIVE = "JPY_SESSION_NAME"  # which a Jupyter server sets for the kernels 
 _RUN_NOTEBOOK = {"pretrain": "02_pretrain.ipynb", "finetune": "03_finetune.ipynb"}
 # XLA takes its work space anew at every step on CPU: 15% off a step from large pages, 3% where the process keeps it (LOG.md).
 MALLOC_SETTINGS = f"glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold={4 << 30}:glibc.malloc.trim_threshold={8 << 30}"
+# Logs are read for their last line. Python 3.13 colours tracebacks where FORCE_COLOR is set, as Jupyter sets it.
+NO_COLOURS = {"PYTHON_COLORS": "0"}
 _SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
@@ -95,7 +97,7 @@ def execute(
     partial, log = output.with_suffix(".partial.ipynb"), output.with_suffix(".log")
     output.parent.mkdir(parents=True, exist_ok=True)
     request = {"notebook": str(notebook), "output": str(partial), "parameters": parameters, "cores": list(cores)}
-    environment = os.environ | {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", platform)}
+    environment = os.environ | NO_COLOURS | {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", platform)}
     for name in ("MPLBACKEND", INTERACTIVE):  # the kernel's own puts figures into the notebook; nobody watches it
         environment.pop(name, None)
     environment.setdefault("GLIBC_TUNABLES", MALLOC_SETTINGS)

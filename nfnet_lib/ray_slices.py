@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nfnet_lib import PROJECT
-from nfnet_lib.cell import CellFailed, CellStopped
+from nfnet_lib.cell import NO_COLOURS, CellFailed, CellStopped
 from nfnet_lib.config import ConfigError, RunConfig
 from nfnet_lib.files import write_json
 from nfnet_lib.tuning import missing_run
@@ -117,7 +117,7 @@ def _host(
         try:
             code = subprocess.run(
                 command, stdout=stream, stderr=subprocess.STDOUT, cwd=PROJECT, timeout=timeout, preexec_fn=die_with_parent,
-                env=os.environ | {"JAX_PLATFORMS": platform}, check=False,
+                env=os.environ | NO_COLOURS | {"JAX_PLATFORMS": platform}, check=False,
             ).returncode  # fmt: skip
         except subprocess.TimeoutExpired:
             raise CellFailed(f"{folder.name} took longer than {timeout / 60:g} minutes", log.read_text()) from None

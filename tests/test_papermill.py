@@ -69,13 +69,14 @@ def test_unknown_names_texts_for_numbers_and_truth_values(tmp_path):
         PretrainConfig.from_params({"batch_size": True})
 
 
-def test_a_dead_kernel_is_told_and_lost(tmp_path):
+def test_a_dead_kernel_is_told_and_lost(tmp_path, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as in a notebook: no escape codes in what is told
     path = notebook(tmp_path / "in.ipynb", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "print('after')")
     with pytest.raises(CellFailed) as failure:
         execute(path, tmp_path / "out.ipynb", {})
     assert failure.value.lost and not (tmp_path / "out.ipynb").exists()
     path = notebook(tmp_path / "in.ipynb", "raise ValueError('no')")
-    with pytest.raises(CellFailed, match="ValueError: no") as failure:
+    with pytest.raises(CellFailed, match=r"^ValueError: no$") as failure:
         execute(path, tmp_path / "out.ipynb", {})
     assert not failure.value.lost
 
