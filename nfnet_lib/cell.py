@@ -1,42 +1,36 @@
 """One notebook in a process of its own, through papermill, with the traps of papermill closed.
 
 Success is never read off the notebook (after a dead kernel papermill's metadata calls every cell completed): a run is
-done when the process ended with 0 and the run wrote its summary. The child dies with the process that started it.
+done when the process ended with 0 and the run wrote its summary. It dies with the process that started it.
 """
 
 import contextlib
-import ctypes
-import json
-import logging
 import os
 import re
 import shlex
 import signal
 import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from nfnet_lib import PROJECT
 from nfnet_lib.config import RunConfig
 from nfnet_lib.files import write_json
+from nfnet_lib.notebook_process import NotebookProcess, papermill
 from nfnet_lib.records import FAILURE, STOP
 from nfnet_lib.tuning import tuned_already
 
 NOTEBOOKS = PROJECT / "notebooks"
 LONGEST_OUTPUT = 200_000  # characters of one printed output that a notebook keeps; the log has all of it
-LONGEST_SOCKET_FOLDER = 70  # characters: a socket's whole name may have 103 (macOS) or 107 (Linux)
 INTERACTIVE = "JPY_SESSION_NAME"  # which a Jupyter server sets for the kernels of open notebooks
 _RUN_NOTEBOOK = {"pretrain": "02_pretrain.ipynb", "finetune": "03_finetune.ipynb"}
 # XLA takes its work space anew at every step on CPU: 15% off a step from large pages, 3% where the process keeps it (LOG.md).
 MALLOC_SETTINGS = f"glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold={4 << 30}:glibc.malloc.trim_threshold={8 << 30}"
 # Logs are read for their last line. Python 3.13 colours tracebacks where FORCE_COLOR is set, as Jupyter sets it.
 NO_COLOURS = {"PYTHON_COLORS": "0"}
-_SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 class CellFailed(RuntimeError):
@@ -57,7 +51,9 @@ class CellStopped(RuntimeError):
     """A cell was asked to stop, and can be resumed."""
 
 
-_children: set[subprocess.Popen] = set()
+_at_work: set[NotebookProcess] = set()
+_idle: list[NotebookProcess] = []
+_keepers: list[object] = []  # for whom processes are kept that have nothing to do
 _stopping = threading.Event()  # no cell of this process starts any more
 
 
@@ -67,13 +63,40 @@ def cells_stopping(grace: float | int) -> Iterator[None]:
     _stopping.set()
     end = time.monotonic() + grace
     try:
-        while _children and time.monotonic() < end:
+        while _at_work and time.monotonic() < end:
             time.sleep(0.1)
     finally:
-        for child in list(_children):
-            child.kill()
+        for process in list(_at_work):
+            process.kill()
     yield
     _stopping.clear()
+
+
+@contextlib.contextmanager
+def processes_kept() -> Iterator[None]:
+    """Within, one notebook after another is executed by the same processes, which have imported what cells need.
+
+    They end with their threads at the latest.
+    """
+    keeper = object()
+    _keepers.append(keeper)
+    try:
+        yield
+    finally:
+        _keepers.remove(keeper)
+        while _idle and not _keepers:
+            _idle.pop().close()
+
+
+def _process_for(environment: dict[str, str], cores: int, errors: IO[str]) -> NotebookProcess:
+    """One that has nothing to do, or a new one."""
+    for process in list(_idle):
+        with contextlib.suppress(ValueError):  # another thread has taken it
+            if process.made_for == (environment, cores):
+                _idle.remove(process)
+                if process.alive:
+                    return process
+    return NotebookProcess(environment, cores, bool(_keepers), errors)
 
 
 def execute(
@@ -96,7 +119,6 @@ def execute(
     """
     partial, log = output.with_suffix(".partial.ipynb"), output.with_suffix(".log")
     output.parent.mkdir(parents=True, exist_ok=True)
-    request = {"notebook": str(notebook), "output": str(partial), "parameters": parameters, "cores": list(cores)}
     environment = os.environ | NO_COLOURS | {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", platform)}
     for name in ("MPLBACKEND", INTERACTIVE):  # the kernel's own puts figures into the notebook; nobody watches it
         environment.pop(name, None)
@@ -104,35 +126,31 @@ def execute(
     if 0 < gpu_share < 1:
         environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 * gpu_share:g}")
     with log.open("w") as stream:
-        # A session of its own: ctrl-C in a terminal asks the runs to stop (study.py), it does not kill them.
-        process = subprocess.Popen(
-            [sys.executable, "-m", "nfnet_lib.cell", str(os.getpid())], start_new_session=True,
-            stdin=subprocess.PIPE, stdout=stream, stderr=subprocess.STDOUT, env=environment, cwd=PROJECT, text=True,
-        )  # fmt: skip
-        _children.add(process)
-        try:
-            if _stopping.is_set():
-                raise CellStopped(f"{output.parent.name} was not started")
-            process.communicate(json.dumps(request), timeout=timeout)
-        except BrokenPipeError:
-            process.wait()
-        except subprocess.TimeoutExpired:
-            raise CellFailed(f"{output.stem} took longer than {timeout / 60:g} minutes", log.read_text()) from None
-        finally:
-            process.kill()
-            process.wait()
-            _children.discard(process)
-    if process.returncode != 0:
+        process, code = _process_for(environment, len(cores), stream), None
+    _at_work.add(process)
+    try:
+        if _stopping.is_set():
+            raise CellStopped(f"{output.parent.name} was not started")
+        code = process.execute(notebook, partial, parameters, cores, log, timeout)
+    except subprocess.TimeoutExpired:
+        raise CellFailed(f"{output.stem} took longer than {timeout / 60:g} minutes", log.read_text()) from None
+    finally:
+        _at_work.discard(process)
+        if _keepers and code is not None and process.alive:
+            _idle.append(process)
+        else:
+            process.close()
+    if code != 0:
         if _stopping.is_set():
             raise CellStopped(f"{output.parent.name} was stopped")
         text = log.read_text()
         last = ([line for line in text.strip().splitlines() if line.strip()] or [""])[-1][:500]
         if re.match(r"(\w+\.)*Stopped: ", last):
             raise CellStopped(last)
-        lost = process.returncode < 0 or "DeadKernelError" in last or "Kernel died before" in last
-        if process.returncode < 0:
-            last = f"its process was ended by {signal.Signals(-process.returncode).name}"
-        raise CellFailed(last or f"exit code {process.returncode}", text, lost)
+        lost = code < 0 or "DeadKernelError" in last or "Kernel died before" in last
+        if code < 0:
+            last = f"its process was ended by {signal.Signals(-code).name}"
+        raise CellFailed(last or f"exit code {code}", text, lost)
     partial.replace(output)
 
 
@@ -197,18 +215,17 @@ def project_relative(path: Path) -> str:
 
 def command(notebook: Path, parameters: dict[str, Any]) -> str:
     """The papermill command, from the checkout, that executes `notebook` so; only what differs from its defaults is named."""
-    import papermill
     import yaml
 
     with contextlib.redirect_stderr(None):
-        defaults = {name: known["default"] for name, known in papermill.inspect_notebook(str(notebook)).items()}
+        defaults = {name: known["default"] for name, known in papermill().inspect_notebook(str(notebook)).items()}
     changed = {name: value for name, value in parameters.items() if repr(value) != defaults.get(name, "").strip()}
     text = yaml.safe_dump(changed, default_flow_style=True, width=float("inf"), sort_keys=False).strip()
     values = f" -y {shlex.quote(text)}" if changed else ""
     return f"papermill {shlex.quote(project_relative(notebook))} by_hand.ipynb{values}"
 
 
-def _with_command(notebook: Path, parameters: dict[str, Any]):
+def with_command(notebook: Path, parameters: dict[str, Any]):
     """The notebook with the command below its title."""
     import nbformat
 
@@ -221,7 +238,7 @@ def _with_command(notebook: Path, parameters: dict[str, Any]):
     return content
 
 
-def _shorten_outputs(path: Path) -> None:
+def shorten_outputs(path: Path) -> None:
     """Leave out the middle of what was printed where it is too much for a browser."""
     import nbformat
 
@@ -239,43 +256,3 @@ def _shorten_outputs(path: Path) -> None:
         )
     if long:
         nbformat.write(content, path)
-
-
-def _papermill():
-    """papermill, without jsonschema's check of IRIs: notebooks have none, and to build its grammar takes a second a process."""
-    sys.modules.setdefault("rfc3987_syntax", None)
-    import papermill
-
-    return papermill
-
-
-def _main(parent: int) -> None:
-    """The child: bound to its parent's life and to its cores, then papermill."""
-    ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit("the parent process is gone")
-    request = json.load(sys.stdin)
-    if request["cores"]:
-        os.sched_setaffinity(0, request["cores"])
-    papermill = _papermill()
-    from traitlets.config import Config
-
-    logging.basicConfig(format="%(message)s", stream=sys.stdout)
-    logging.getLogger("papermill").setLevel(logging.INFO)  # what cells print, as they do
-    # Over sockets in the file system: of ports, two kernels that start at once are given the same now and then.
-    short = None if len(tempfile.gettempdir()) < LONGEST_SOCKET_FOLDER else "/tmp"
-    with tempfile.TemporaryDirectory(prefix="nfnet-kernel-", dir=short) as sockets:
-        try:
-            papermill.execute_notebook(
-                _with_command(Path(request["notebook"]), request["parameters"]), request["output"], request["parameters"],
-                kernel_name="python3", progress_bar=False, log_output=True, start_timeout=180, coalesce_streams=True,
-                shutdown_kernel="immediate",  # all it had to say is on disk; to take JAX down in good order takes a second
-                config=Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"}),
-            )  # fmt: skip
-        finally:
-            if Path(request["output"]).exists():
-                _shorten_outputs(Path(request["output"]))
-
-
-if __name__ == "__main__":
-    _main(int(sys.argv[1]))

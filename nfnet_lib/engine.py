@@ -22,7 +22,7 @@ from concurrent.futures import wait as wait_for
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from nfnet_lib.cell import CellFailed, cells_stopping
+from nfnet_lib.cell import CellFailed, cells_stopping, processes_kept
 from nfnet_lib.config import ConfigError
 
 ENGINES = ("local", "ray")
@@ -88,14 +88,15 @@ class LocalEngine:
     def __init__(self, workers: int, cores_per_run: int, memory_per_run_gb: float | int):
         self.workers, self._cores = room_for(workers, cores_per_run, memory_per_run_gb), cores_per_run
         self.at_once = self.workers
-        self._pool = ThreadPoolExecutor(self.workers, "cell")
+        self._pool, self._kept = ThreadPoolExecutor(self.workers, "cell"), contextlib.ExitStack()
+        self._kept.enter_context(processes_kept())
 
     def submit(self, function: Callable, *arguments: Any, **options: Any) -> Future:
         return self._pool.submit(on_own_cores, function, self._cores, arguments, options)
 
     def close(self, grace: float | int = 0) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
-        with cells_stopping(grace):
+        with self._kept, cells_stopping(grace):
             self._pool.shutdown()
 
 

@@ -83,7 +83,7 @@ def test_killed_failed_interrupted_and_resumed(name, smallest_study, tmp_path):
 
     # The cells' processes are killed, and with Ray a worker: done again. What fails is told, the rest goes on.
     process = start(path, out, "--engine", name)
-    for word in ["nfnet_lib.cell"] if name == "local" else ["nfnet_lib.cell", "ray::on_own_cores"]:
+    for word in ["nfnet_lib.notebook_process"] if name == "local" else ["nfnet_lib.notebook_process", "ray::on_own_cores"]:
         at_work("ep1", process)
         for victim in until(lambda word=word: descendants(process, [word]), process=process):
             victim.kill()

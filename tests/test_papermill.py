@@ -12,6 +12,7 @@ import time
 
 import nbformat
 import papermill
+import psutil
 import pytest
 import yaml
 
@@ -81,10 +82,32 @@ def test_a_dead_kernel_is_told_and_lost(tmp_path, monkeypatch):
     assert not failure.value.lost
 
 
+def test_one_process_executes_many_notebooks(tmp_path):
+    """Each as if it were the first: with its figures, without what an earlier one left, whatever became of that."""
+    by = "import builtins, os, psutil\nprint('by', psutil.Process(os.getppid()).ppid(), hasattr(builtins, 'left'))"
+    draw = "import matplotlib.pyplot as plt\nplt.plot([1, 2])\nbuiltins.left = 1"
+    path, answers = notebook(tmp_path / "in.ipynb", by, draw), []
+    with cell.processes_kept():
+        for name in ("first", "killed", "last"):
+            if name == "killed":
+                dies = notebook(tmp_path / "dies.ipynb", "import os", "os.kill(os.getpid(), 9)")
+                with pytest.raises(CellFailed) as failure:
+                    execute(dies, tmp_path / "killed.ipynb", {})
+                assert failure.value.lost
+                continue
+            execute(path, tmp_path / f"{name}.ipynb", {})
+            outputs = [o for c in nbformat.read(tmp_path / f"{name}.ipynb", 4).cells for o in c.get("outputs", [])]
+            answers.append(outputs[0].text)
+            assert any("image/png" in output.get("data", {}) for output in outputs)
+            assert "Ctrl-C" not in (tmp_path / f"{name}.log").read_text()
+    assert answers[0] == answers[1] and answers[0].endswith("False\n")
+    assert not psutil.pid_exists(int(answers[0].split()[1]))
+
+
 def test_a_kernel_that_can_not_start_is_lost(tmp_path, monkeypatch):
-    (tmp_path / "path").mkdir()
-    (tmp_path / "path" / "ipykernel_launcher.py").write_text("raise SystemExit(1)")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+    (tmp_path / "profile_default").mkdir()
+    (tmp_path / "profile_default" / "ipython_kernel_config.py").write_text("raise SystemExit(1)")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     with pytest.raises(CellFailed, match="Kernel died") as failure:
         execute(notebook(tmp_path / "in.ipynb", "print('never')"), tmp_path / "out.ipynb", {})
     assert failure.value.lost and not (tmp_path / "out.ipynb").exists()
@@ -189,7 +212,7 @@ def test_a_run_outlives_the_notebook_that_started_it(tmp_path):
 
 def test_a_cell_does_not_wait_for_a_grammar_that_it_does_not_need():
     code = (
-        "import sys, nfnet_lib.cell as cell; cell._papermill(); import nbformat, jsonschema;"
+        "import sys; from nfnet_lib.notebook_process import papermill; papermill(); import nbformat, jsonschema;"
         " print([name for name, module in sys.modules.items() if name.split('.')[0] in ('rfc3987_syntax', 'lark') and module])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -60,20 +60,20 @@ def test_too_long_is_ended(tmp_path):
 
 
 def test_nothing_outlives_the_process_that_started_it(tmp_path):
-    notebook(tmp_path / "in.ipynb", "open('started', 'w').close()", "import time; time.sleep(600)")
+    started = tmp_path / "started"
+    notebook(tmp_path / "in.ipynb", f"open({str(started)!r}, 'w').close()", "import time; time.sleep(600)")
     script = f"import pathlib; from nfnet_lib.cell import execute; p = pathlib.Path({str(tmp_path)!r}); \
 execute(p / 'in.ipynb', p / 'out.ipynb', {{}})"
     parent = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parent.parent)
-    children: list[psutil.Process] = []
     for _ in range(600):
-        children = psutil.Process(parent.pid).children(recursive=True)
-        if any("ipykernel" in " ".join(child.cmdline()) for child in children):
+        if started.exists():
             break
         time.sleep(0.1)
+    children = psutil.Process(parent.pid).children(recursive=True)
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
     _, alive = psutil.wait_procs(children, timeout=20)
-    assert len(children) >= 2 and not alive
+    assert len(children) >= 3 and not alive
 
 
 def test_a_study_runs_skips_and_refuses_another(smallest_study, tmp_path, capsys):

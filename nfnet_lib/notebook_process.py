@@ -1,0 +1,217 @@
+"""Processes that execute notebooks, one after another: each notebook, and its kernel, is a fork of one that has imported all.
+
+So a notebook of a study starts in a second, not in five (LOG.md), and what goes wrong with it is unknown to the next one.
+"""
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import json
+import logging
+import os
+import pickle
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from nfnet_lib import PROJECT
+
+LONGEST_SOCKET_FOLDER = 70  # characters: a socket's whole name may have 103 (macOS) or 107 (Linux)
+# What notebooks of runs and analysis import, themselves or through what they call. No backend of JAX must start here.
+_IMPORTED = (
+    "ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.zmqshell", "ipywidgets", "matplotlib.pyplot",
+    "nfnet_lib.background", "nfnet_lib.finetune", "nfnet_lib.plots", "nfnet_lib.train", "seaborn",
+)  # fmt: skip
+_SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
+
+
+class NotebookProcess:
+    """A process with this environment, on so many processor cores (0: all). It ends with the thread that made it.
+
+    prepared: whether it imports what cells need before its first notebook, for all to come. errors: for what it has to say
+    before there is a notebook.
+    """
+
+    def __init__(self, environment: dict[str, str], cores: int, prepared: bool, errors: IO[str]):
+        self.made_for = (environment, cores)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "nfnet_lib.notebook_process", str(os.getpid()), *(_IMPORTED if prepared else ())],
+            # A session of its own: ctrl-C in a terminal asks the runs to stop (study.py), it does not kill them.
+            start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment,
+            cwd=PROJECT, bufsize=0,
+        )  # fmt: skip
+
+    def execute(
+        self, notebook: Path, output: Path, parameters: dict[str, Any], cores: Sequence[int], log: Path,
+        timeout: float | int | None,
+    ) -> int:  # fmt: skip
+        """The exit code of an execution, negative for a signal, its own or this process's. subprocess.TimeoutExpired."""
+        request = {"notebook": str(notebook), "output": str(output), "parameters": parameters, "cores": list(cores)}
+        try:
+            self._process.stdin.write(json.dumps(request | {"log": str(log)}).encode() + b"\n")
+        except BrokenPipeError:
+            return self._process.wait()
+        if not select.select([self._process.stdout], [], [], timeout)[0]:
+            raise subprocess.TimeoutExpired(str(notebook), timeout)
+        answer = self._process.stdout.readline()
+        return int(answer) if answer else self._process.wait()
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def kill(self) -> None:
+        """End it, and with it what it executes."""
+        self._process.kill()
+
+    def close(self) -> None:
+        """End it and give back what it holds."""
+        self._process.kill()
+        self._process.communicate()
+
+
+def papermill():
+    """papermill, without jsonschema's check of IRIs: notebooks have none, and to build its grammar takes a second a process."""
+    sys.modules.setdefault("rfc3987_syntax", None)
+    return importlib.import_module("papermill")
+
+
+class _Kernel:
+    """A fork that becomes a kernel once it is told of which: like the Popen that jupyter_client expects.
+
+    Forked before there are event loops and sockets, which it must not share.
+    """
+
+    stdin = stdout = stderr = None
+
+    def __init__(self):
+        self.returncode: int | None = None
+        reading, self._writing = os.pipe()
+        parent, self.pid = os.getpid(), os.fork()
+        if not self.pid:
+            try:
+                os.close(self._writing)
+                os.setpgid(0, 0)
+                _end_with(parent)
+                self._become(reading)
+            except BaseException:
+                sys.excepthook(*sys.exc_info())
+                sys.stderr.flush()
+            finally:
+                os._exit(1)
+        os.close(reading)
+        with contextlib.suppress(PermissionError):
+            os.setpgid(self.pid, self.pid)  # by both, for either may be first: jupyter_client signals the whole group
+
+    def launch(self, command: list[str], *, env: dict[str, str], **_) -> "_Kernel":
+        """For `jupyter_client.launcher.launch_kernel`: of the command only what is told to the kernel counts."""
+        with open(self._writing, "wb") as pipe:
+            pickle.dump((command[command.index("ipykernel_launcher") + 1 :], env), pipe)
+        return self
+
+    def _become(self, reading: int) -> None:
+        with open(reading, "rb") as pipe:
+            arguments, environment = pickle.load(pipe)
+        os.environ.clear()
+        os.environ.update(environment)
+        sys.argv = ["ipykernel_launcher.py", *arguments]
+        from ipykernel import kernelapp
+
+        # Whose kernel it is ipykernel reads from the environment, when it is imported: too early here.
+        kernelapp.launch_new_instance(argv=[*arguments, f"--IPKernelApp.parent_handle={os.getppid()}"])
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self) -> int:
+        while self.poll() is None:
+            time.sleep(0.01)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def _end_with(parent: int) -> None:
+    ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit("the parent process is gone")
+
+
+def _execute(request: dict[str, Any], parent: int) -> None:
+    """In a fork: a notebook by papermill, its kernel another fork."""
+    _end_with(parent)
+    os.setsid()
+    log = os.open(request["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    if request["cores"]:
+        os.sched_setaffinity(0, request["cores"])
+    kernel = _Kernel()
+    from jupyter_client.provisioning import local_provisioner
+    from traitlets.config import Config
+
+    from nfnet_lib.cell import shorten_outputs, with_command
+
+    local_provisioner.launch_kernel = kernel.launch
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    logging.getLogger("papermill").setLevel(logging.INFO)  # what cells print, as they do
+    # Over sockets in the file system: of ports, two kernels that start at once are given the same now and then.
+    short = None if len(tempfile.gettempdir()) < LONGEST_SOCKET_FOLDER else "/tmp"
+    with tempfile.TemporaryDirectory(prefix="nfnet-kernel-", dir=short) as sockets:
+        try:
+            papermill().execute_notebook(
+                with_command(Path(request["notebook"]), request["parameters"]), request["output"], request["parameters"],
+                kernel_name="python3", progress_bar=False, log_output=True, start_timeout=180, coalesce_streams=True,
+                shutdown_kernel="immediate",  # all it had to say is on disk; to take JAX down in good order takes a second
+                config=Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"}),
+            )  # fmt: skip
+        finally:
+            if Path(request["output"]).exists():
+                shorten_outputs(Path(request["output"]))
+
+
+def _main(parent: int, imported: list[str]) -> None:
+    """Bound to its parent's life: a fork for each line of its input, whose exit code is written down in answer."""
+    _end_with(parent)
+    answers = os.dup(1)
+    os.dup2(2, 1)  # what imports print is no answer
+    me, prepared = os.getpid(), False
+    while line := sys.stdin.buffer.raw.readline():
+        request = json.loads(line)
+        if not prepared:
+            if request["cores"]:
+                os.sched_setaffinity(0, request["cores"])  # libraries count cores when they are imported
+            # By which figures come into the notebook: matplotlib asks when it is imported, before there is a kernel to say so.
+            os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
+            papermill()
+            for name in imported:
+                importlib.import_module(name)
+            gc.freeze()  # or a collection in a fork writes to all pages
+            prepared = True
+        if not (fork := os.fork()):
+            return _execute(request, me)
+        code = os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1])
+        os.write(answers, f"{code}\n".encode())
+
+
+if __name__ == "__main__":
+    _main(int(sys.argv[1]), sys.argv[2:])
