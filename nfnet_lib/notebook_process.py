@@ -9,14 +9,15 @@ import gc
 import importlib
 import json
 import logging
+import multiprocessing.connection
 import os
 import pickle
-import select
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -58,7 +59,7 @@ class NotebookProcess:
             self._process.stdin.write(json.dumps(request | {"log": str(log)}).encode() + b"\n")
         except BrokenPipeError:
             return self._process.wait()
-        if not select.select([self._process.stdout], [], [], timeout)[0]:
+        if not multiprocessing.connection.wait([self._process.stdout], timeout):
             raise subprocess.TimeoutExpired(str(notebook), timeout)
         answer = self._process.stdout.readline()
         return int(answer) if answer else self._process.wait()
@@ -113,7 +114,7 @@ class _Kernel:
     def launch(self, command: list[str], *, env: dict[str, str], **_) -> "_Kernel":
         """For `jupyter_client.launcher.launch_kernel`: of the command only what is told to the kernel counts."""
         with open(self._writing, "wb") as pipe:
-            pickle.dump((command[command.index("ipykernel_launcher") + 1 :], env), pipe)
+            pickle.dump((command[command.index("-f") :], env), pipe)
         return self
 
     def _become(self, reading: int) -> None:
@@ -192,6 +193,8 @@ def _execute(request: dict[str, Any], parent: int) -> None:
 def _main(parent: int, imported: list[str]) -> None:
     """Bound to its parent's life: a fork for each line of its input, whose exit code is written down in answer."""
     _end_with(parent)
+    # Of forks where there are threads. Those here are of BLAS libraries and of an allocator, which see to it themselves.
+    warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*fork")
     answers = os.dup(1)
     os.dup2(2, 1)  # what imports print is no answer
     me, prepared = os.getpid(), False
@@ -208,6 +211,7 @@ def _main(parent: int, imported: list[str]) -> None:
             gc.freeze()  # or a collection in a fork writes to all pages
             prepared = True
         if not (fork := os.fork()):
+            os.close(answers)  # or whatever it leaves behind would keep the reader waiting
             return _execute(request, me)
         code = os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1])
         os.write(answers, f"{code}\n".encode())
