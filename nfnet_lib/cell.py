@@ -89,13 +89,12 @@ def processes_kept() -> Iterator[None]:
 
 
 def _process_for(environment: dict[str, str], cores: int, errors: IO[str]) -> NotebookProcess:
-    """One that has nothing to do, or a new one."""
+    """One of this thread's that has nothing to do, or a new one."""
     for process in list(_idle):
-        with contextlib.suppress(ValueError):  # another thread has taken it
-            if process.made_for == (environment, cores):
-                _idle.remove(process)
-                if process.alive:
-                    return process
+        if process.made_for == (environment, cores, threading.current_thread()):
+            _idle.remove(process)
+            if process.alive:
+                return process
     return NotebookProcess(environment, cores, bool(_keepers), errors)
 
 

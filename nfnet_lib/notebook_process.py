@@ -16,11 +16,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
+
+import numpy as np
 
 from nfnet_lib import PROJECT
 
@@ -36,12 +39,13 @@ _SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 class NotebookProcess:
     """A process with this environment, on so many processor cores (0: all). It ends with the thread that made it.
 
-    prepared: whether it imports what cells need before its first notebook, for all to come. errors: for what it has to say
-    before there is a notebook.
+    prepared: whether it imports what cells need before its first notebook, for all to come. errors: for what goes wrong
+    before that; later it is said in the log of the notebook at hand.
     """
 
     def __init__(self, environment: dict[str, str], cores: int, prepared: bool, errors: IO[str]):
-        self.made_for = (environment, cores)
+        # Its maker is a part: threads of a pool end when they have nothing more to do, and their processes with them.
+        self.made_for = (environment, cores, threading.current_thread())
         self._process = subprocess.Popen(
             [sys.executable, "-m", "nfnet_lib.notebook_process", str(os.getpid()), *(_IMPORTED if prepared else ())],
             # A session of its own: ctrl-C in a terminal asks the runs to stop (study.py), it does not kill them.
@@ -74,14 +78,35 @@ class NotebookProcess:
 
     def close(self) -> None:
         """End it and give back what it holds."""
-        self._process.kill()
-        self._process.communicate()
+        with self._process:
+            self._process.kill()
 
 
 def papermill():
     """papermill, without jsonschema's check of IRIs: notebooks have none, and to build its grammar takes a second a process."""
     sys.modules.setdefault("rfc3987_syntax", None)
     return importlib.import_module("papermill")
+
+
+def _forked(function: Callable, *arguments: Any) -> int:
+    """The number of a fork that does this and ends, with 1 and a traceback where it fails.
+
+    It leaves out what this process has to tidy up at its own end.
+    """
+    parent, pid = os.getpid(), os.fork()
+    if not pid:
+        code = 1
+        try:
+            _end_with(parent)
+            function(*arguments)
+            code = 0
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    return pid
 
 
 class _Kernel:
@@ -95,31 +120,26 @@ class _Kernel:
     def __init__(self):
         self.returncode: int | None = None
         reading, self._writing = os.pipe()
-        parent, self.pid = os.getpid(), os.fork()
-        if not self.pid:
-            try:
-                os.close(self._writing)
-                os.setpgid(0, 0)
-                _end_with(parent)
-                self._become(reading)
-            except BaseException:
-                sys.excepthook(*sys.exc_info())
-                sys.stderr.flush()
-            finally:
-                os._exit(1)
+        self.pid = _forked(self._become, reading)
         os.close(reading)
         with contextlib.suppress(PermissionError):
             os.setpgid(self.pid, self.pid)  # by both, for either may be first: jupyter_client signals the whole group
 
     def launch(self, command: list[str], *, env: dict[str, str], **_) -> "_Kernel":
         """For `jupyter_client.launcher.launch_kernel`: of the command only what is told to the kernel counts."""
-        with open(self._writing, "wb") as pipe:
+        with contextlib.suppress(BrokenPipeError), open(self._writing, "wb") as pipe:  # it is dead, which papermill will find
             pickle.dump((command[command.index("-f") :], env), pipe)
         return self
 
     def _become(self, reading: int) -> None:
+        os.close(self._writing)
+        os.setpgid(0, 0)
         with open(reading, "rb") as pipe:
-            arguments, environment = pickle.load(pipe)
+            told = pipe.read()
+        if not told:  # there will be no kernel, and whoever knows why has said so
+            return
+        arguments, environment = pickle.loads(told)
+        np.random.seed()  # noqa: NPY002, of it there is one, from which every notebook would draw the same
         os.environ.clear()
         os.environ.update(environment)
         sys.argv = ["ipykernel_launcher.py", *arguments]
@@ -156,13 +176,10 @@ def _end_with(parent: int) -> None:
         sys.exit("the parent process is gone")
 
 
-def _execute(request: dict[str, Any], parent: int) -> None:
+def _execute(request: dict[str, Any], answers: int) -> None:
     """In a fork: a notebook by papermill, its kernel another fork."""
-    _end_with(parent)
+    os.close(answers)  # or whatever it leaves behind would keep the reader waiting
     os.setsid()
-    log = os.open(request["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     if request["cores"]:
         os.sched_setaffinity(0, request["cores"])
@@ -195,11 +212,12 @@ def _main(parent: int, imported: list[str]) -> None:
     _end_with(parent)
     # Of forks where there are threads. Those here are of BLAS libraries and of an allocator, which see to it themselves.
     warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*fork")
-    answers = os.dup(1)
-    os.dup2(2, 1)  # what imports print is no answer
-    me, prepared = os.getpid(), False
+    answers, prepared = os.dup(1), False
     while line := sys.stdin.buffer.raw.readline():
         request = json.loads(line)
+        with open(request["log"], "ab") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
         if not prepared:
             if request["cores"]:
                 os.sched_setaffinity(0, request["cores"])  # libraries count cores when they are imported
@@ -210,10 +228,7 @@ def _main(parent: int, imported: list[str]) -> None:
                 importlib.import_module(name)
             gc.freeze()  # or a collection in a fork writes to all pages
             prepared = True
-        if not (fork := os.fork()):
-            os.close(answers)  # or whatever it leaves behind would keep the reader waiting
-            return _execute(request, me)
-        code = os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1])
+        code = os.waitstatus_to_exitcode(os.waitpid(_forked(_execute, request, answers), 0)[1])
         os.write(answers, f"{code}\n".encode())
 
 

@@ -5,7 +5,6 @@ Here the question is what the program is made from, and the code itself; JAX's c
 As with JAX's, who can write to the cache can make its readers run what they like.
 """
 
-import functools
 import hashlib
 import os
 import pickle
@@ -41,7 +40,7 @@ def path_of(name: str, made_from: tuple) -> Path | None:
     folder = jax.config.jax_compilation_cache_dir
     if not folder or "://" in folder or jax.default_backend() != "cpu" or jax.process_count() > 1:
         return None
-    surroundings = (_settings(), _machine(), _code(), len(os.sched_getaffinity(0)))
+    surroundings = (_settings(), _machine(), _CODE, len(os.sched_getaffinity(0)))
     key = hashlib.blake2b(repr((made_from, *surroundings)).encode(), digest_size=_DIGEST).hexdigest()
     return Path(folder) / f"{name}-{key}.program"
 
@@ -94,7 +93,6 @@ def _machine() -> tuple:
     return [str(device) for device in jax.devices()], platform.machine(), platform.processor(), features
 
 
-@functools.lru_cache(maxsize=1)
 def _code() -> str:
     """Of everything that writes a program."""
     digest = hashlib.blake2b(digest_size=_DIGEST)
@@ -103,3 +101,6 @@ def _code() -> str:
     for package in ("jax", "jaxlib", "flax", "optax"):
         digest.update(version(package).encode())
     return digest.hexdigest()
+
+
+_CODE = _code()  # of what is imported here, as far as that can be told: files may change under a process

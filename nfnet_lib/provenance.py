@@ -40,7 +40,7 @@ def summary(
         "tpu_v4_core_hours": float(paper.tpu_v4_core_hours(total)), **results,
         "device_kind": jax.devices()[0].device_kind, "device_count": jax.device_count(),
         "process_count": jax.process_count(), "platform": jax.default_backend(), "host_cores": cores,
-        "versions": _versions(), **_git(), "started_at": started, "finished_at": now(),
+        "versions": _versions(), **_CODE, "started_at": started, "finished_at": now(),
     })  # fmt: skip
 
 
@@ -79,3 +79,6 @@ def _git() -> dict[str, Any]:
         return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": bool(git("status", "--porcelain", "-uno"))}
     except (OSError, subprocess.CalledProcessError):
         return {"git_commit": None, "git_dirty": None}
+
+
+_CODE = _git()  # of what is imported here: the files may be others when a run ends

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import nbformat
 import papermill
@@ -82,26 +83,37 @@ def test_a_dead_kernel_is_told_and_lost(tmp_path, monkeypatch):
     assert not failure.value.lost
 
 
-def test_one_process_executes_many_notebooks(tmp_path):
+def test_one_process_executes_many_notebooks(tmp_path, monkeypatch):
     """Each as if it were the first: with its figures, without what an earlier one left, whatever became of that."""
-    by = "import builtins, os, psutil\nprint('by', psutil.Process(os.getppid()).ppid(), hasattr(builtins, 'left'))"
-    draw = "import matplotlib.pyplot as plt\nplt.plot([1, 2])\nbuiltins.left = 1"
-    path, answers = notebook(tmp_path / "in.ipynb", by, draw), []
+    monkeypatch.setenv("MPLCONFIGDIR", "/dev/null/none")  # so that matplotlib makes a folder for as long as the process lives
+    by = "import builtins, os, psutil\nprint(psutil.Process(os.getppid()).ppid(), hasattr(builtins, 'left'))"
+    draw = "import matplotlib.pyplot as plt, numpy as np\nplt.plot([1, 2])\nbuiltins.left = 1\nprint(np.random.rand())"
+    path = notebook(tmp_path / "in.ipynb", by, draw)
+    dies = notebook(tmp_path / "dies.ipynb", "import os; os.kill(os.getpid(), 9)")
+    (tmp_path / "broken.ipynb").write_text("{")
+
+    def executed(name):
+        """What it said of its process and what was left to it, and the number that it drew."""
+        execute(path, tmp_path / f"{name}.ipynb", {})
+        outputs = [o for c in nbformat.read(tmp_path / f"{name}.ipynb", 4).cells for o in c.get("outputs", [])]
+        assert any("image/png" in output.get("data", {}) for output in outputs)
+        assert "Ctrl-C" not in (tmp_path / f"{name}.log").read_text()
+        said = [output.text.strip() for output in outputs if output.output_type == "stream"]
+        return said[0].split(), float(said[1])
+
     with cell.processes_kept():
-        for name in ("first", "killed", "last"):
-            if name == "killed":
-                dies = notebook(tmp_path / "dies.ipynb", "import os", "os.kill(os.getpid(), 9)")
-                with pytest.raises(CellFailed) as failure:
-                    execute(dies, tmp_path / "killed.ipynb", {})
-                assert failure.value.lost
-                continue
-            execute(path, tmp_path / f"{name}.ipynb", {})
-            outputs = [o for c in nbformat.read(tmp_path / f"{name}.ipynb", 4).cells for o in c.get("outputs", [])]
-            answers.append(outputs[0].text)
-            assert any("image/png" in output.get("data", {}) for output in outputs)
-            assert "Ctrl-C" not in (tmp_path / f"{name}.log").read_text()
-    assert answers[0] == answers[1] and answers[0].endswith("False\n")
-    assert not psutil.pid_exists(int(answers[0].split()[1]))
+        (process, left), drawn = executed("first")
+        with pytest.raises(CellFailed) as failure:
+            execute(dies, tmp_path / "dead.ipynb", {})
+        assert failure.value.lost, failure.value.log
+        for _ in range(5):
+            with pytest.raises(CellFailed, match="NotJSONError"):
+                execute(tmp_path / "broken.ipynb", tmp_path / "never.ipynb", {})
+        with ThreadPoolExecutor(1) as pool:  # whose thread ends, and its process with it
+            (another, _), _ = pool.submit(executed, "in a thread").result()
+        (again, left_again), drawn_again = executed("last")
+    assert process == again != another and left == left_again == "False" and drawn != drawn_again
+    assert not psutil.pid_exists(int(process)) and not psutil.pid_exists(int(another))
 
 
 def test_a_kernel_that_can_not_start_is_lost(tmp_path, monkeypatch):

@@ -93,7 +93,7 @@ def test_it_is_found_by_what_it_is_made_from_and_where(folder, monkeypatch):
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     with jax.default_matmul_precision("highest"):
         paths.add(program_store.path_of("step", (1,)))
-    monkeypatch.setattr(program_store, "_code", lambda: "other code")
+    monkeypatch.setattr(program_store, "_CODE", "other code")
     paths.add(program_store.path_of("step", (1,)))
     monkeypatch.setattr(program_store, "_machine", lambda: "other machine")
     paths.add(program_store.path_of("step", (1,)))
