@@ -9,6 +9,7 @@ import gc
 import importlib
 import json
 import logging
+import math
 import multiprocessing.connection
 import os
 import pickle
@@ -33,6 +34,7 @@ _IMPORTED = (
     "ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.zmqshell", "ipywidgets", "matplotlib.pyplot",
     "nfnet_lib.background", "nfnet_lib.finetune", "nfnet_lib.plots", "nfnet_lib.train", "seaborn",
 )  # fmt: skip
+_LONGEST_WAIT = 86_400  # seconds; poll(2) counts milliseconds in 31 bits, and runs of F7+ are given a year
 _SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
@@ -63,8 +65,10 @@ class NotebookProcess:
             self._process.stdin.write(json.dumps(request | {"log": str(log)}).encode() + b"\n")
         except BrokenPipeError:
             return self._process.wait()
-        if not multiprocessing.connection.wait([self._process.stdout], timeout):
-            raise subprocess.TimeoutExpired(str(notebook), timeout)
+        end = math.inf if timeout is None else time.monotonic() + timeout
+        while not multiprocessing.connection.wait([self._process.stdout], min(end - time.monotonic(), _LONGEST_WAIT)):
+            if time.monotonic() >= end:
+                raise subprocess.TimeoutExpired(str(notebook), timeout)
         answer = self._process.stdout.readline()
         return int(answer) if answer else self._process.wait()
 

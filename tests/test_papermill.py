@@ -145,7 +145,7 @@ def test_a_notebook_that_is_half_written_is_not_taken_for_done(tmp_path):
     folder.mkdir()
     (folder / "run.partial.ipynb").write_text("")
     path = notebook(tmp_path / "in.ipynb", "print('whole')")
-    execute(path, folder / "run.ipynb", {"x": 2})
+    execute(path, folder / "run.ipynb", {"x": 2}, timeout=60 * 600_000)  # what params/paper/study.yaml gives a cell
     assert not (folder / "run.partial.ipynb").exists()
     assert "whole" in json.dumps(nbformat.read(folder / "run.ipynb", 4))
 
