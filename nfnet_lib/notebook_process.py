@@ -126,7 +126,7 @@ class _Kernel:
         reading, self._writing = os.pipe()
         self.pid = _forked(self._become, reading)
         os.close(reading)
-        with contextlib.suppress(PermissionError):
+        with contextlib.suppress(OSError):
             os.setpgid(self.pid, self.pid)  # by both, for either may be first: jupyter_client signals the whole group
 
     def launch(self, command: list[str], *, env: dict[str, str], **_) -> "_Kernel":
