@@ -101,7 +101,7 @@ def _forked(function: Callable, *arguments: Any) -> int:
     if not pid:
         code = 1
         try:
-            _end_with(parent)
+            end_with(parent)
             function(*arguments)
             code = 0
         except BaseException:
@@ -174,7 +174,8 @@ class _Kernel:
         self.send_signal(signal.SIGKILL)
 
 
-def _end_with(parent: int) -> None:
+def end_with(parent: int) -> None:
+    """End this process when its parent ends, or now where that is gone already."""
     ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit("the parent process is gone")
@@ -213,7 +214,7 @@ def _execute(request: dict[str, Any], answers: int) -> None:
 
 def _main(parent: int, imported: list[str]) -> None:
     """Bound to its parent's life: a fork for each line of its input, whose exit code is written down in answer."""
-    _end_with(parent)
+    end_with(parent)
     # Of forks where there are threads. Those here are of BLAS libraries and of an allocator, which see to it themselves.
     warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*fork")
     answers, prepared = os.dup(1), False

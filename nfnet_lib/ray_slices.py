@@ -5,9 +5,8 @@ nodes on one machine that carry the labels and resources of TPU hosts (tests/tes
 """
 
 import contextlib
-import ctypes
+import functools
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -19,10 +18,10 @@ from nfnet_lib import PROJECT
 from nfnet_lib.cell import NO_COLOURS, CellFailed, CellStopped
 from nfnet_lib.config import ConfigError, RunConfig
 from nfnet_lib.files import write_json
+from nfnet_lib.notebook_process import end_with
 from nfnet_lib.tuning import missing_run
 
 DIVERGED, STOPPED = 3, 75  # exit codes of train.main
-_SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 def on_slice(
@@ -110,13 +109,11 @@ def _host(
         "--coordinator", coordinator, "--processes", str(hosts), "--process-id", str(index),
     ]  # fmt: skip
 
-    def die_with_parent() -> None:
-        ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
-
     with log.open("w") as stream:
         try:
             code = subprocess.run(
-                command, stdout=stream, stderr=subprocess.STDOUT, cwd=PROJECT, timeout=timeout, preexec_fn=die_with_parent,
+                command, stdout=stream, stderr=subprocess.STDOUT, cwd=PROJECT, timeout=timeout,
+                preexec_fn=functools.partial(end_with, os.getpid()),
                 env=os.environ | NO_COLOURS | {"JAX_PLATFORMS": platform}, check=False,
             ).returncode  # fmt: skip
         except subprocess.TimeoutExpired:
