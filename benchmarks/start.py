@@ -8,6 +8,7 @@ process, and those until the step was ready, of both; the ratio with its median,
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import time
 from pathlib import Path
 
 from nfnet_lib import PROJECT
+from nfnet_lib.cell import MALLOC_SETTINGS
 from nfnet_lib.files import write_json
 
 WAYS = {
@@ -30,7 +32,8 @@ def timed(way: str, folder: Path, number: int) -> tuple[float, float]:
     code = f"import sys; {WAYS[way]} from nfnet_lib import train; sys.exit(train.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, str(folder / "params.json"), "--out", str(out), "--cache-dir", str(cache)]
     clock = time.perf_counter()
-    subprocess.run(command, cwd=PROJECT, check=True, capture_output=True)
+    environment = os.environ | {"GLIBC_TUNABLES": MALLOC_SETTINGS}  # as notebooks have it that are executed
+    subprocess.run(command, cwd=PROJECT, env=environment, check=True, capture_output=True)
     seconds = time.perf_counter() - clock
     return seconds, json.loads((out / "summary.json").read_text())["compile_seconds"]
 

@@ -46,16 +46,16 @@ def adaptive_gradient_clip(
             path = tuple(str(p.key) for p in path)
             if exclude(path):
                 return grad
-            clip_one = lambda g, p: _clip(g, p, clip, eps)  # noqa: E731
-            return (jax.vmap(clip_one) if stacked(path) else clip_one)(grad, param)
+            return _clip(grad, param, clip, eps, first=int(stacked(path)))
 
         return jax.tree_util.tree_map_with_path(one, grads, params), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def _clip(grad: Float[Array, "*unit"], param: Float[Array, "*unit"], clip: float, eps: float) -> Float[Array, "*unit"]:
-    axes = tuple(range(grad.ndim - 1)) if grad.ndim >= 2 else tuple(range(grad.ndim))
+def _clip(grad: Float[Array, "..."], param: Float[Array, "..."], clip: float, eps: float, first: int) -> Float[Array, "..."]:
+    """first: the axis at which a parameter begins."""
+    axes = tuple(range(first, grad.ndim - 1 if grad.ndim > first + 1 else grad.ndim))
 
     def norm(x):
         return jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True))

@@ -28,7 +28,10 @@ LONGEST_OUTPUT = 200_000  # characters of one printed output that a notebook kee
 INTERACTIVE = "JPY_SESSION_NAME"  # which a Jupyter server sets for the kernels of open notebooks
 _RUN_NOTEBOOK = {"pretrain": "02_pretrain.ipynb", "finetune": "03_finetune.ipynb"}
 # XLA takes its work space anew at every step on CPU: 15% off a step from large pages, 3% where the process keeps it (LOG.md).
-MALLOC_SETTINGS = f"glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold={4 << 30}:glibc.malloc.trim_threshold={8 << 30}"
+MALLOC_SETTINGS = (
+    f"glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold={4 << 30}:glibc.malloc.trim_threshold={8 << 30}"
+    ":glibc.malloc.tcache_count=500"
+)
 # Logs are read for their last line. Python 3.13 colours tracebacks where FORCE_COLOR is set, as Jupyter sets it.
 NO_COLOURS = {"PYTHON_COLORS": "0"}
 

@@ -5,7 +5,9 @@ import contextlib
 import contextvars
 import ctypes
 import functools
+import gc
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,24 +42,54 @@ PROGRAM_PARAMETERS = (
 
 
 class Program:
-    """A compiled function that may still be in the making: a call waits for it. Compiled one after another in a thread.
+    """A compiled function that may still be in the making: a call waits for it. One after another in two threads: while one
+    program is compiled the next is traced.
 
     kept: where it is kept for other processes (`program_store`), or None. older_emitters: whether XLA's older ones make its
     kernels, where it has any.
     """
 
+    _tracer = concurrent.futures.ThreadPoolExecutor(1, "tracer")
     _compiler = concurrent.futures.ThreadPoolExecutor(1, "compiler")
 
     def __init__(self, kept: Path | None, older_emitters: bool, function, *arguments):
-        context = contextvars.copy_context()
-        self._made = self._compiler.submit(context.run, _compiled, kept, older_emitters, function, *arguments)
+        self._kept, self._older_emitters = kept, older_emitters
+        self._found = self._tracer.submit(contextvars.copy_context().run, self._find, function, *arguments)
 
     def __call__(self, *arguments):
         return self.wait()(*arguments)
 
     def wait(self) -> jax.stages.Compiled:
-        """The compiled function, or what the compiler raised."""
-        return self._made.result()
+        """The compiled function, or what tracing or the compiler raised."""
+        found = self._found.result()
+        return found.result() if isinstance(found, concurrent.futures.Future) else found
+
+    def _find(self, function, *arguments) -> jax.stages.Compiled | concurrent.futures.Future:
+        """Kept from before, or what the compiler will make."""
+        if self._kept is not None and (program := program_store.load(self._kept)) is not None:
+            return program
+        with _no_garbage_collected():
+            lowered = function.lower(*arguments)
+        return self._compiler.submit(contextvars.copy_context().run, self._compile, lowered)
+
+    def _compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+        """glibc keeps the gigabytes that the compiler frees (LOG.md): hand them back."""
+        program = program_store.compiled(lowered, _options(self._older_emitters), self._kept)
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        return program
+
+
+@contextlib.contextmanager
+def _no_garbage_collected() -> Iterator[None]:
+    """Of Python's cycles: a quarter of tracing's time went to looking through what it makes (LOG.md)."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Programs(NamedTuple):
@@ -181,16 +213,6 @@ def _options(older_emitters: bool) -> dict[str, int | bool]:
     if jax.default_backend() != "cpu":
         return {}
     return _CPU_OPTIONS | ({_NEWER_EMITTERS: False} if older_emitters and compiler_knows(_NEWER_EMITTERS) else {})
-
-
-def _compiled(kept: Path | None, older_emitters: bool, function, *arguments) -> jax.stages.Compiled:
-    """Kept from before or compiled. glibc keeps the gigabytes that the compiler frees (LOG.md): hand them back."""
-    if kept is not None and (program := program_store.load(kept)) is not None:
-        return program
-    program = program_store.compiled(function.lower(*arguments), _options(older_emitters), kept)
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    return program
 
 
 def evaluate(
