@@ -1,7 +1,9 @@
 """Compiled programs are kept whole: found again only by what they were made from, and never trusted when damaged."""
 
+import gc
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from nfnet_lib import PROJECT, program_store
 from nfnet_lib.files import write_json
+from nfnet_lib.program import Program
 from nfnet_lib.records import read_metrics
 
 TINY = {
@@ -48,6 +51,32 @@ def test_a_kept_program_computes_the_same(folder):
         result = program(given)
         assert result["x"].tolist() == [0, 2, 4] and result["count"] == 5
         assert given["x"].is_deleted(), "donated, as it was"
+
+
+def test_one_program_is_traced_while_another_is_compiled(monkeypatch):
+    traced, collecting = threading.Event(), []
+
+    def second(x):
+        collecting.append(gc.isenabled())
+        traced.set()
+        return x * 2
+
+    def compiled(lowered, options, kept):
+        assert traced.wait(60), "the next program is not traced meanwhile"
+        return lowered.compile(options)
+
+    monkeypatch.setattr(program_store, "compiled", compiled)
+    x = jnp.arange(3.0)
+    programs = [Program(None, False, jax.jit(function), x) for function in (lambda x: x + 1, second)]
+    assert [program(x).tolist() for program in programs] == [[1, 2, 3], [0, 2, 4]]
+    assert collecting == [False] and gc.isenabled()
+
+
+def test_who_waits_for_a_program_is_told_why_there_is_none():
+    failing, fine = (Program(None, False, jax.jit(function), jnp.ones(2)) for function in (lambda x: x.nothing, lambda x: x))
+    with pytest.raises(AttributeError, match="nothing"):
+        failing.wait()
+    assert fine(jnp.ones(2)).tolist() == [1, 1] and gc.isenabled()
 
 
 @pytest.mark.parametrize("damage", [b"", b"x" * 40, None, "flipped"])
