@@ -129,7 +129,7 @@ for seed, fraction, synchronised in ((0, 1.0, False), (1, 0.5, False), (2, 1.0, 
     own = [jax.tree.map(lambda x: x[i * rows : (i + 1) * rows], batch) for i in range(count)]
     part = [jax.tree.map(lambda x: x[: max(1, round(fraction * rows))], b) for b in own]
     mean = lambda trees: jax.tree.map(lambda *leaves: sum(leaves) / count, *trees)
-    gradient = jax.grad(lambda p, b, k: network(p, b, k)[0])
+    gradient = jax.jit(jax.grad(lambda p, b, k: network(p, b, k)[0]))
     ascents = [gradient(params, p, keys[0]) for p in part]
     if synchronised:
         ascents = [mean(ascents)] * count
@@ -158,6 +158,7 @@ def total(params, some):
     each = softmax_cross_entropy(Linear().apply(params, normalise(some.images)), some.labels, 0.0, some.label_weights)
     return jnp.sum(each * some.weights) / weights.sum()
 
+slope = jax.jit(jax.grad(total))
 for per_device in (True, False):
     step = jax.jit(lambda state, examples: train_step(
         state, examples, schedule, jax.random.key(0), model=Linear(), optimizer=optax.identity(), loss='softmax',
@@ -165,9 +166,9 @@ for per_device in (True, False):
     after, metrics = step(state, jax.device_put(examples, batch_sharding(mesh)))
     rows = 32 // count if per_device else 32
     own = [jax.tree.map(lambda x: x[i : i + rows], examples) for i in range(0, 32, rows)]
-    ascents = [jax.grad(total)(start, part) for part in own]
+    ascents = [slope(start, part) for part in own]
     moved = [jax.tree.map(lambda w, g: w + 0.05 * g / optax.tree.norm(a), start, a) for a in ascents]
-    summed = sum(jax.grad(total)(m, part)['w'] for m, part in zip(moved, own))
+    summed = sum(slope(m, part)['w'] for m, part in zip(moved, own))
     assert_close(start['w'] - after.params['w'], summed)
     assert_close(metrics['loss'], total(start, examples))
 """
