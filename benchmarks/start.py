@@ -31,8 +31,8 @@ def timed(way: str, folder: Path, number: int) -> tuple[float, float]:
     out, cache = folder / f"{way} {number}", folder / f"cache of {way}"
     code = f"import sys; {WAYS[way]} from nfnet_lib import train; sys.exit(train.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, str(folder / "params.json"), "--out", str(out), "--cache-dir", str(cache)]
-    clock = time.perf_counter()
     environment = os.environ | {"GLIBC_TUNABLES": MALLOC_SETTINGS}  # as notebooks have it that are executed
+    clock = time.perf_counter()
     subprocess.run(command, cwd=PROJECT, env=environment, check=True, capture_output=True)
     seconds = time.perf_counter() - clock
     return seconds, json.loads((out / "summary.json").read_text())["compile_seconds"]

@@ -54,7 +54,7 @@ def adaptive_gradient_clip(
 
 
 def _clip(grad: Float[Array, "..."], param: Float[Array, "..."], clip: float, eps: float, first: int) -> Float[Array, "..."]:
-    """first: the axis at which a parameter begins."""
+    """first: the axis at which a parameter begins, 1 where blocks are stacked."""
     axes = tuple(range(first, grad.ndim - 1 if grad.ndim > first + 1 else grad.ndim))
 
     def norm(x):
