@@ -27,8 +27,8 @@ NOTEBOOKS = PROJECT / "notebooks"
 LONGEST_OUTPUT = 200_000  # characters of one printed output that a notebook keeps; the log has all of it
 INTERACTIVE = "JPY_SESSION_NAME"  # which a Jupyter server sets for the kernels of open notebooks
 _RUN_NOTEBOOK = {"pretrain": "02_pretrain.ipynb", "finetune": "03_finetune.ipynb"}
-# XLA takes its work space anew at every step on CPU: 15% off a step from large pages, 3% where the process keeps it; some 5% off
-# compilation where a thread keeps 500 small chunks of a size for itself, not 7 (LOG.md).
+# XLA takes its work space anew at every step on CPU: 15% off a step from large pages, 3% where the process keeps it; some
+# 5% off compilation where a thread keeps 500 small chunks of a size for itself, not 7 (LOG.md).
 MALLOC_SETTINGS = (
     f"glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold={4 << 30}:glibc.malloc.trim_threshold={8 << 30}"
     ":glibc.malloc.tcache_count=500"
