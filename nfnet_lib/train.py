@@ -5,6 +5,7 @@ one without resumes from its newest sound checkpoint, and ends with the numbers 
 """
 
 import contextlib
+import errno
 import itertools
 import json
 import sys
@@ -31,6 +32,7 @@ from nfnet_lib.tensorboard import EventWriter
 from nfnet_lib.weights import load_pretrained, save_params, transfer
 
 LOCK_SECONDS = 60
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # not the fault of what was asked for
 ADVICE = "a lower peak_lr may help"
 
 
@@ -336,8 +338,8 @@ def _progress(config: RunConfig, begin: int, shown: bool):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`python -m nfnet_lib.train params.yaml --out DIR`; exit codes 0 done, 1 bad data or no memory, 2 bad input,
-    3 diverged, 75 stopped."""
+    """`python -m nfnet_lib.train params.yaml --out DIR`; exit codes 0 done, 1 bad data, no memory or a full disk,
+    2 bad input, 3 diverged, 75 stopped."""
     import argparse
 
     from nfnet_lib.strict_yaml import read_mapping
@@ -361,7 +363,7 @@ def main(argv: list[str] | None = None) -> int:
         summary = run(config, arguments.out, cache_dir=arguments.cache_dir)
     except (ConfigError, RecordError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 1 if getattr(error, "errno", None) in NO_ROOM else 2
     except LoaderError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -130,6 +130,11 @@ FAULTS = {
             made("a_disk_that_fills_up_while_saving_loses_nothing"),
         ),
         Fault(
+            "the disk is full: what TensorBoard reads",
+            "one line, exit code 1; with room the same digits",
+            made("a_disk_that_is_full_for_what_tensorboard_reads_ends_the_run"),
+        ),
+        Fault(
             "the disk is full: records",
             "the old record or the new one, whole",
             made("a_full_disk_leaves_records_whole"),

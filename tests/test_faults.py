@@ -55,12 +55,12 @@ def run_of(tmp_path_factory):
     return folder / "params.json", folder / "run"
 
 
-def train(params, out, before="", cache=None):
+def train(params, out, before="", cache=None, seconds=300):
     """One run in a process of its own, with the programs that an earlier one compiled; `before`: Python to run first."""
     code = f"{before}\nimport sys\nfrom nfnet_lib.train import main\nsys.exit(main(sys.argv[1:]))"
     options = ["--out", str(out), "--cache-dir", str(cache or params.parent / ".cache")]
     command = [sys.executable, "-c", code, str(params), *options]
-    return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=seconds, check=False)
 
 
 def interrupted(params, out, before="", seconds=120):
@@ -129,6 +129,28 @@ def test_a_full_disk_leaves_records_whole(small_disk, tmp_path):
     with pytest.raises((CellFailed, OSError)):
         execute(notebook, disk / "out.ipynb", {})
     assert not (disk / "out.ipynb").exists()
+
+
+def test_a_disk_that_is_full_for_what_tensorboard_reads_ends_the_run(run_of, small_disk):
+    """Whoever waited for a thread that writes it, and has ended, would wait without end."""
+    params, undisturbed = run_of
+    disk = small_disk(1)
+    fills_up = f"""
+from nfnet_lib import tensorboard
+original = tensorboard.EventWriter.__init__
+def begun(self, *arguments, **options):
+    original(self, *arguments, **options)
+    with open({str(disk / "filler")!r}, "wb") as filler:
+        filler.write(bytes(2**20 - 2**16))
+tensorboard.EventWriter.__init__ = begun
+original_write = tensorboard.EventWriter.write
+tensorboard.EventWriter.write = lambda self, step, **metrics: [original_write(self, step, **metrics) for _ in range(999)]
+"""
+    done = train(params, disk / "run", before=fills_up, seconds=60)
+    assert done.returncode == 1 and "error: [Errno 28] No space left on device" in done.stderr, done.stderr
+    small_disk(64)
+    done = train(params, disk / "run")
+    assert done.returncode == 0 and same_end(undisturbed, disk / "run"), done.stderr
 
 
 def test_a_folder_that_can_not_be_written_is_one_clear_line(run_of, small_disk):
