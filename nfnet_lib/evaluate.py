@@ -82,11 +82,10 @@ def evaluate_weights(
     if classes == "present" or (classes == "auto" and few):
         params, mapping = _among_present(params, mapping, source)
     relabelled = Relabelled(source, mapping, len(params["head"]["b"]))
-    rows = []
+    model, rows = models.create(variant, len(params["head"]["b"])), []
     for resolution in resolutions or [_tested_at(weights, variant)]:
         _refuse_resolution(variant, resolution)
-        model = models.create(variant, len(params["head"]["b"]))
-        step = jax.jit(functools.partial(eval_step, model=model, pixels=variant.pixels))
+        step = _step(model.variant.name, model.num_classes, tuple(sorted(model.settings.items())), variant.pixels)
         batches = eval_batches(relabelled, batch_size=batch_size, resolution=resolution, workers=workers)
         shown = tqdm(
             batches, total=-(-len(source) // batch_size), desc=f"{resolution} px", disable=not progress, unit="batch"
@@ -97,9 +96,15 @@ def evaluate_weights(
             raise ConfigError(f"dataset: {name!r} has no example with a label that can be read")
         means = {key: float(total[key] / total["examples"]) for key in ("top1", "top5", "loss")}
         ece = float(np.abs(total["calibration"]).sum() / total["examples"])
-        row = {"dataset": name, "resolution": resolution, "classes": len(params["head"]["b"])}
+        row = {"dataset": name, "resolution": resolution, "classes": model.num_classes}
         rows.append(row | {"examples": int(total["examples"])} | means | {"ece": ece})
     return pd.DataFrame(rows)
+
+
+@functools.lru_cache(maxsize=4)
+def _step(name: str, num_classes: int, settings: tuple, pixels: str):
+    """Compiled once at each resolution for all sets that a process looks at."""
+    return jax.jit(functools.partial(eval_step, model=models.create(name, num_classes, **dict(settings)), pixels=pixels))
 
 
 def evaluate_sets(weights: str | os.PathLike, names: str, resolutions: Sequence[int], **options) -> "pd.DataFrame":

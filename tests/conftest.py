@@ -16,7 +16,7 @@ from nfnet_lib.config import StudyConfig
 from nfnet_lib.study import run_study
 
 # They start studies, kill and time them: each wants the whole machine for itself.
-ALONE = {"test_browser", "test_engines", "test_faults", "test_faults_resume", "test_profiling", "test_ray", "test_study"}
+ALONE = {"test_browser", "test_engines", "test_faults", "test_profiling", "test_ray", "test_study"}
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses

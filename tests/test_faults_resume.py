@@ -446,7 +446,7 @@ def test_slow_data_change_no_number_and_are_recorded(made, tmp_path, monkeypatch
 
     monkeypatch.setattr(sources.FractalSource, "batch", batch)
     summary = run(config, tmp_path / "run", progress=False)
-    assert summary["data_wait_seconds"] > 1 and read_summary(whole)["data_wait_seconds"] < 0.5
+    assert summary["data_wait_seconds"] > 1 + read_summary(whole)["data_wait_seconds"]
     assert results(tmp_path / "run") == results(whole)
 
 

@@ -181,8 +181,9 @@ from pathlib import Path
 from nfnet_lib import background
 from nfnet_lib.config import PretrainConfig
 from nfnet_lib.locks import holder
-config = PretrainConfig.from_params({"num_classes": 4, "image_size": 16, "resolution": 16, "eval_resolution": 16,
-    "examples_per_epoch": 16384, "heldout_examples": 16, "batch_size": 16, "peak_lr": 0.05, "checkpoints": 1})
+config = PretrainConfig.from_params({"variant": "Ti/4-mini", "optimizer": "adamw", "peak_lr": 0.002, "num_classes": 4,
+    "image_size": 16, "resolution": 16, "eval_resolution": 16, "examples_per_epoch": 16384, "heldout_examples": 16,
+    "batch_size": 16, "checkpoints": 1})
 folder = Path(work)
 """
 

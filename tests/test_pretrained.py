@@ -33,7 +33,7 @@ def released_file(path: Path, **options) -> Path:
 
 
 def equal(a: dict, b: dict) -> bool:
-    same = jax.tree.map(lambda x, y: x.dtype == y.dtype and bool(jnp.array_equal(x, y)), a, b)
+    same = jax.tree.map(lambda x, y: x.dtype == y.dtype and np.array_equal(x, y), a, b)
     return jax.tree.all(same)
 
 

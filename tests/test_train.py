@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -77,19 +76,15 @@ def test_saved_parameters_give_the_recorded_loss(finished):
     config, out_dir, summary = finished
     from nfnet_lib.augment import default_margin, eval_views
     from nfnet_lib.data import load_sources
-    from nfnet_lib.loader import eval_batches
-    from nfnet_lib.step import eval_step, normalise
+    from nfnet_lib.step import normalise
 
     model, params = models.create("F0-mini", 8), load_params(out_dir)
-    batches = eval_batches(load_sources(config)[1], batch_size=7, resolution=16)
-    step = jax.jit(functools.partial(eval_step, model=model))
-    totals = [step(params, jax.device_put(batch.examples)) for batch in batches]
-    loss = sum(float(t["loss"]) for t in totals) / sum(float(t["examples"]) for t in totals)
-    assert loss == pytest.approx(summary["heldout_loss"], rel=1e-4)
     images, labels = load_sources(config)[1].batch(np.arange(30))
     views = eval_views(images, 16, default_margin(16))
     logits = np.asarray(jax.jit(model.apply)(params, normalise(jax.numpy.asarray(views))), np.float64)
     probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    loss = -np.log(probabilities[np.arange(30), labels]).mean()
+    assert loss == pytest.approx(summary["heldout_loss"], rel=1e-4)
     top, hits = probabilities.max(1), probabilities.argmax(1) == labels
     bins = [np.minimum(np.floor(top * 15), 14) == b for b in range(15)]
     error = sum(abs(top[b].mean() - hits[b].mean()) * b.mean() for b in bins if b.any())
@@ -196,7 +191,7 @@ def test_sam_s_step_as_runs_compile_it_is_the_step_as_written():
     ))  # fmt: skip
     key, noise = made.keys(0)
     schedule, generator = made.schedule(0.05, 1, 4), np.random.default_rng(0)
-    ours, theirs = made.init(key), jax.tree.map(jnp.copy, made.init(key))
+    ours, theirs = made.init(key), made.init(key)
     for _ in range(3):
         examples = Examples(
             generator.integers(0, 256, (16, 24, 24, 3), np.uint8), generator.integers(0, 10, (16, 1), np.int32),
@@ -206,8 +201,8 @@ def test_sam_s_step_as_runs_compile_it_is_the_step_as_written():
         theirs, wanted = written(theirs, examples, schedule, noise)
         assert float(metrics["loss"]) == pytest.approx(float(wanted["loss"]), rel=1e-4)
     for (path, one), two in zip(jax.tree_util.tree_leaves_with_path(ours.params), jax.tree.leaves(theirs.params), strict=True):
-        moved = float(jnp.max(jnp.abs(two)))
-        np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-4 * moved + 1e-7, err_msg=jax.tree_util.keystr(path))
+        where, tolerance = jax.tree_util.keystr(path), 1e-4 * np.abs(two).max() + 1e-7
+        np.testing.assert_allclose(one, two, rtol=1e-3, atol=tolerance, err_msg=where)
 
 
 def test_a_switch_that_the_compiler_does_not_have_is_left_out(monkeypatch):
@@ -248,7 +243,7 @@ def test_the_command_exits_2_with_one_line(tmp_path, capsys):
 
 
 def test_rates_that_diverge_lose_the_search_and_are_not_tried_again(cache, tmp_path):
-    config = PretrainConfig(**{**TINY, "agc_clip": 1e6, "warmup_fraction": 0.0, "epoch_budget": 8.0})
+    config = PretrainConfig(**{**TINY, "variant": "Ti/4-mini", "agc_clip": 1e6, "warmup_fraction": 0.0, "epoch_budget": 8.0})
     (tmp_path / ".cache").symlink_to(cache)
     tuned = tuning.tune(config, [0.05, 1000.0], tmp_path, progress=False)
     assert math.isfinite(tuned.losses[0.05]) and tuned.losses[1000.0] == math.inf

@@ -1,5 +1,7 @@
 """ViTs: published counts, big_vision's numbers by an independent model with big_vision's own modules, and resampling."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,17 +93,27 @@ class LinenViT(nn.Module):
         return nn.Dense(self.classes, kernel_init=nn.initializers.normal(0.1), name="head")(x)
 
 
+@functools.cache
+def oracle_of(name, classes, pool, position, size):
+    """The oracle's function of parameters and images, compiled once, and {name: shape and type} of its parameters."""
+    oracle = LinenViT(get_variant(name), classes, pool, position)
+    shapes = jax.eval_shape(oracle.init, jax.random.key(0), jnp.zeros((2, size, size, 3)))["params"]
+    return jax.jit(oracle.apply), traverse_util.flatten_dict(shapes, sep="/")
+
+
 def checkpoint(path, name, *, pool="gap", position="learned", size=32, classes=11, seed=0, prefix="params/", edit=None):
     """Writes the oracle's parameters as big_vision would; returns images and the oracle's logits."""
-    oracle = LinenViT(get_variant(name), classes, pool, position)
+    apply, shapes = oracle_of(name, classes, pool, position, size)
     images = jax.random.normal(jax.random.key(seed), (2, size, size, 3))
-    params = oracle.init(jax.random.key(seed + 1), images)["params"]
-    rng = np.random.default_rng(seed + 2)
-    params = jax.tree.map(lambda p: p + 0.02 * rng.standard_normal(p.shape, np.float32), params)  # biases are not 0
-    flat = {prefix + k: np.asarray(v) for k, v in traverse_util.flatten_dict(params, sep="/").items()}
-    np.savez(path, **(edit(flat) if edit else flat))
+    rng, flat = np.random.default_rng(seed + 2), {}
+    for key, leaf in shapes.items():  # biases are not 0, scales not 1
+        scale = 0.02 if leaf.ndim == 1 else (leaf.size / leaf.shape[-1]) ** -0.5
+        noise = np.float32(scale) * rng.standard_normal(leaf.shape, np.float32)
+        flat[key] = noise + np.float32(key.endswith("scale"))
+    saved = {prefix + key: value for key, value in flat.items()}
+    np.savez(path, **(edit(saved) if edit else saved))
     with jax.default_matmul_precision("highest"):
-        return images, oracle.apply({"params": params}, images)
+        return images, apply({"params": traverse_util.unflatten_dict(flat, sep="/")}, images)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +170,7 @@ def test_old_stacked_and_half_precision_files_are_read(tmp_path):
     checkpoint(tmp_path / "half.npz", "S/4-mini", pool="tok", prefix="", edit=half)
     for file, tolerance in (("a", 1e-4), ("old", 1e-4), ("stacked", 1e-4), ("half", 0.1)):
         variant, params = load_big_vision(tmp_path / f"{file}.npz")
-        logits = models.create(variant).apply(params, images)
+        logits = jax.jit(models.create(variant).apply)(params, images)
         np.testing.assert_allclose(logits, wanted, atol=tolerance * float(jnp.std(wanted)), err_msg=file)
 
 
@@ -232,8 +244,8 @@ def test_what_is_kept_for_the_backward_pass_changes_no_number():
     def gradient(**settings):
         model = models.create("Ti/4-mini", 5, image_size=16, pool="tok", stochdepth_rate=0.5, **settings)
         leaves, structure = jax.tree.flatten(model.param_shapes())
-        keys = jax.random.split(jax.random.key(0), len(leaves))
-        params = [0.3 * jax.random.normal(k, p.shape) for k, p in zip(keys, leaves, strict=True)]
+        generator = np.random.default_rng(0)  # of NumPy: JAX would compile a program for every shape
+        params = [np.asarray(0.3 * generator.standard_normal(leaf.shape), np.float32) for leaf in leaves]
         images = jax.random.normal(jax.random.key(1), (3, 16, 16, 3))
 
         def loss(params):
@@ -249,7 +261,7 @@ def test_what_is_kept_for_the_backward_pass_changes_no_number():
         assert float(loss) == pytest.approx(float(expected), rel=1e-5)
         del grads["blocks"]["attention"]["key"]["b"]  # a softmax does not see it: rounding alone
         for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(compared), strict=True):
-            np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4 * float(jnp.max(jnp.abs(other))))
+            np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4 * np.abs(other).max())
 
 
 def test_positions_resample_as_big_vision_does():
