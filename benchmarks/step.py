@@ -6,9 +6,9 @@
 timm has no minis: `nfnet profile F0-mini` says how many images/s a training step of those makes.
 
 Each runs in its own process with the same number of threads, float32; they take turns, and the others wait meanwhile;
-a ratio is between neighbours in time. Memory is the highest resident size while stepping: programs are compiled by other
-processes before, and read from jax's cache as runs do. Needs PyTorch and timm (`make .venv/.parity`); without them only our two
-forms are compared.
+a ratio is between neighbours in time. Memory is the highest resident size while stepping. Programs are made as those of runs
+are, by other processes before, and read as all but the first runs of a study do (`program_store`). Needs PyTorch and timm
+(`make .venv/.parity`); without them only our two forms are compared.
 """
 
 import argparse
@@ -31,12 +31,18 @@ def jax_passes(variant: str, batch: int, side: int, form: str) -> dict:
     import jax
     import jax.numpy as jnp
 
-    from nfnet_lib import models
+    from nfnet_lib import models, program_store
     from nfnet_lib.convolution import using
     from nfnet_lib.losses import softmax_cross_entropy
+    from nfnet_lib.program import Program
 
     model = models.create(variant, CLASSES)
-    params = jax.jit(model.init)(jax.random.key(0))
+
+    def program(name: str, function, *arguments) -> Program:
+        kept = program_store.path_of(name, (variant, batch, side, form))
+        return Program(kept, name == "init", jax.jit(function), *arguments)
+
+    params = program("init", model.init, jax.random.key(0))(jax.random.key(0))
     images = jax.random.normal(jax.random.key(1), (batch, side, side, 3))
     labels = jnp.arange(batch)[:, None] % CLASSES
 
@@ -47,10 +53,10 @@ def jax_passes(variant: str, batch: int, side: int, form: str) -> dict:
         return jnp.mean(softmax_cross_entropy(forward(params, images), labels, 0.0, jnp.ones(labels.shape)))
 
     with contextlib.nullcontext() if form == "ours" else using("lax"):
-        programs = [jax.jit(f).lower(params, images).compile() for f in (forward, jax.grad(loss))]
+        made = [program(name, f, params, images).wait() for name, f in zip(PASSES, (forward, jax.grad(loss)), strict=True)]
     return {
-        name: lambda program=program: jax.block_until_ready(program(params, images))
-        for name, program in zip(PASSES, programs, strict=True)
+        name: lambda compiled=compiled: jax.block_until_ready(compiled(params, images))
+        for name, compiled in zip(PASSES, made, strict=True)
     }
 
 
