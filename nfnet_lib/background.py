@@ -18,7 +18,7 @@ from nfnet_lib import PROJECT, tuning
 from nfnet_lib.cell import INTERACTIVE, NO_COLOURS, CellFailed, CellStopped, cell_dir
 from nfnet_lib.config import ConfigError, RunConfig, config_from_params
 from nfnet_lib.files import write_json
-from nfnet_lib.locks import exclusive, holder
+from nfnet_lib.locks import exclusive, held
 from nfnet_lib.records import METRICS, STOP, read_metrics, run_folders
 from nfnet_lib.status import counts, shown, status_table
 
@@ -45,7 +45,7 @@ def tune(config: RunConfig, lr_grid: list[float], study_dir: Path, *, seconds: f
 def start(config: RunConfig, lr_grid: list[float], study_dir: Path) -> Path:
     """Train a cell in a process that needs nobody; returns its folder. Where one is at work already, that is it."""
     folder = cell_dir(config, study_dir, lr_grid) / _FOLDER
-    if _at_work(folder):
+    if held(folder):
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     for name in _trials(config, lr_grid):  # what was asked of earlier ones
@@ -59,7 +59,7 @@ def start(config: RunConfig, lr_grid: list[float], study_dir: Path) -> Path:
             [sys.executable, "-m", "nfnet_lib.background", str(folder)], stdin=subprocess.DEVNULL, stdout=log,
             stderr=subprocess.STDOUT, start_new_session=True, cwd=PROJECT, env=environment,
         )  # fmt: skip
-    while process.poll() is None and not _at_work(folder):  # until it has its lock: a second call must find it
+    while process.poll() is None and not held(folder):  # until it has its lock: a second call must find it
         time.sleep(0.05)
     return folder
 
@@ -76,11 +76,6 @@ def _trials(config: RunConfig, lr_grid: list[float]) -> set[str]:
     return {tuning.at_lr(config, lr).run_id for lr in [*lr_grid, config.peak_lr]}
 
 
-def _at_work(folder: Path) -> bool:
-    found = holder(folder)
-    return bool(found and found.alive)
-
-
 def _follow(folder: Path, study_dir: Path, trials: set[str], seconds: float | int) -> None:
     from IPython.display import HTML, display
 
@@ -90,7 +85,7 @@ def _follow(folder: Path, study_dir: Path, trials: set[str], seconds: float | in
         return HTML(f"<p>{counts(state)}</p>" + shown(state).to_html(index=False))
 
     handle = display(HTML("starting"), display_id=True)
-    while _at_work(folder):
+    while held(folder):
         handle.update(table())
         time.sleep(seconds)
     handle.update(table())

@@ -61,6 +61,12 @@ _keepers: list[object] = []  # for whom processes are kept that have nothing to 
 _stopping = threading.Event()  # no cell of this process starts any more
 
 
+def heed_stopping(name: str) -> None:
+    """CellStopped where no cell of this process is to start any more."""
+    if _stopping.is_set():
+        raise CellStopped(f"{name} was not started")
+
+
 @contextlib.contextmanager
 def cells_stopping(grace: float | int) -> Iterator[None]:
     """Start no more notebooks in this process, wait up to `grace` seconds for those that run, then kill them."""
@@ -132,8 +138,7 @@ def execute(
         process, code = _process_for(environment, len(cores), stream), None
     _at_work.add(process)
     try:
-        if _stopping.is_set():
-            raise CellStopped(f"{output.parent.name} was not started")
+        heed_stopping(output.parent.name)
         code = process.execute(notebook, partial, parameters, cores, log, timeout)
     except subprocess.TimeoutExpired:
         raise CellFailed(f"{output.stem} took longer than {timeout / 60:g} minutes", log.read_text()) from None

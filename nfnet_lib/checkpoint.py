@@ -65,6 +65,8 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=KEEP, cleanup_tmp_directories=True, create=False,
+            # Threads that make folders wait for five minutes where one can't be made, and the run's end for them.
+            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
             # Of several processes only the one that calls this writes; Orbax would wait for the others.
             multiprocessing_options=ocp.options.MultiprocessingOptions(
                 primary_host=jax.process_index(), active_processes={jax.process_index()}

@@ -22,10 +22,11 @@ from concurrent.futures import wait as wait_for
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from nfnet_lib.cell import CellFailed, cells_stopping, processes_kept
+from nfnet_lib.cell import CellFailed, cells_stopping, heed_stopping, processes_kept
 from nfnet_lib.config import ConfigError
 
 ENGINES = ("local", "ray")
+TOLD_SECONDS = 5
 
 
 @runtime_checkable
@@ -47,12 +48,12 @@ def own_cores(count: int) -> Iterator[list[int]]:
     """`count` of the cores that this process may use, which no other call on this machine has; an empty list for 0.
 
     Who holds a core has its file locked, in the system's temporary folder: the lock ends with its holder, however that
-    dies. Waits while there are too few.
+    dies. Waits while there are too few; CellStopped where this process's cells are stopped meanwhile.
     """
     available = sorted(os.sched_getaffinity(0))
     folder = Path(tempfile.gettempdir()) / f"nfnet-cores-{os.getuid()}"
     folder.mkdir(exist_ok=True)
-    count = min(count, len(available))
+    count, began = min(count, len(available)), time.monotonic()
     while True:
         with contextlib.ExitStack() as held:
             cores: list[int] = []
@@ -66,7 +67,16 @@ def own_cores(count: int) -> Iterator[list[int]]:
             if len(cores) == count:
                 yield cores
                 return
+        heed_stopping("a cell that waits for processor cores")
+        if time.monotonic() - began > TOLD_SECONDS:
+            _tell_that_it_waits()
         time.sleep(0.2)
+
+
+@functools.cache
+def _tell_that_it_waits() -> None:
+    """Once a process."""
+    print("note: waiting for processor cores, which another study here has", file=sys.stderr)
 
 
 def on_own_cores(function: Callable, count: int, arguments: tuple, options: dict[str, Any]) -> Any:

@@ -70,6 +70,24 @@ def exclusive(folder: Path, what: str, wait_seconds: float | int = 0, *, shared:
                 file.truncate(0)
 
 
+def held(folder: Path) -> bool | None:
+    """Whether the named holder of `folder`'s lock still has it: a number may be another process's by now, or a zombie's.
+
+    None where nobody is named, or on another machine, where nobody can tell.
+    """
+    named = holder(folder)
+    if named is None or not named.here:
+        return None
+    try:
+        with (folder / LOCK).open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return named.alive
+
+
 def holder(folder: Path) -> Holder | None:
     """Who holds the lock of `folder`, or held it last and was killed; None where it was given back or never taken."""
     try:

@@ -182,7 +182,7 @@ def run_table(study_dir: Path) -> "pd.DataFrame":
         "heldout_top1",
         "seconds",
     ]
-    table = records[columns].assign(state="done")
+    table = records.reindex(columns=columns).assign(state="done")  # no run may be done
     failed = [
         {"run_id": path.parent.name, "state": f"failed: {failure_message(path)}"}
         for path in sorted(study_dir.glob(f"*/{FAILURE}"))

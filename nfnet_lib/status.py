@@ -2,12 +2,11 @@
 
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nfnet_lib.locks import holder
+from nfnet_lib.locks import held, holder
 from nfnet_lib.records import (
     FAILURE,
     METRICS,
@@ -65,8 +64,7 @@ def _status(folder: Path, root: Path, alive_seconds: int | float) -> dict[str, A
         elif failure.is_file() and not (metrics.is_file() and metrics.stat().st_mtime > failure.stat().st_mtime + 1):
             row |= {"state": "failed", "message": failure_message(failure)}
         else:
-            lock = holder(folder)
-            alive = lock.alive if lock else None
+            lock, alive = holder(folder), held(folder)
             if alive or (alive is None and age < alive_seconds):
                 row |= {"state": "running", "host": lock.host if lock else ""}
                 if row.get("images_per_second") and row.get("steps"):
@@ -132,7 +130,7 @@ def status_lines(study_dir: str | os.PathLike) -> list[str]:
 
 
 def watch(study_dir: str | os.PathLike, seconds: float | int) -> None:
-    """Print `status_lines` every so many seconds, over the last ones, until ctrl-C or nobody reads any more."""
+    """Print `status_lines` every so many seconds, over the last ones, until ctrl-C."""
     try:
         while True:
             lines = status_lines(study_dir)
@@ -140,5 +138,3 @@ def watch(study_dir: str | os.PathLike, seconds: float | int) -> None:
             time.sleep(seconds)
     except KeyboardInterrupt:
         pass
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end

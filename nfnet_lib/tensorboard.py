@@ -30,8 +30,12 @@ class EventWriter:
     def _write(self, step: int, **content: dict) -> None:
         self._file.write_event(self._event(wall_time=time.time(), step=step, **content))
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
-            self._file.flush()
-            self._flushed = time.monotonic()
+            self.sync()
+
+    def sync(self) -> None:
+        """Force everything written so far to disk: before a checkpoint, after which a resumed run does not write it again."""
+        self._file.flush()
+        self._flushed = time.monotonic()
 
     def __enter__(self) -> "EventWriter":
         return self

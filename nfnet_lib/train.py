@@ -207,6 +207,7 @@ def _train(config, out_dir, train_source, heldout_source, sampler, initial, aske
                 quarantine.merge()
                 if primary:
                     writer.sync()
+                    events.sync()
                     checkpoints.save(number, saved, {
                         "data": data, "seconds": seconds, "waited": waited, "selected": selection.record,
                         "metrics": writer.digest, "environment": environment, "changes": changes,

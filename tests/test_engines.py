@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from nfnet_lib import engine
+from nfnet_lib.cell import CellStopped
 from nfnet_lib.cli import main
 from nfnet_lib.config import ConfigError, StudyConfig
 from nfnet_lib.study_grid import pretrain_cells, search_of
@@ -128,6 +129,20 @@ def test_cores_belong_to_one_call_at_a_time():
                 assert set(first).isdisjoint(second)
     with engine.own_cores(available + 5) as everything:
         assert sorted(everything) == sorted(os.sched_getaffinity(0))
+
+
+def test_a_study_that_waits_for_cores_can_be_stopped(monkeypatch, capsys):
+    """And says that it waits."""
+    monkeypatch.setattr(engine, "TOLD_SECONDS", 0.1)
+    with engine.own_cores(len(os.sched_getaffinity(0))):
+        waiting = engine.make_engine("local", workers=2, cores_per_run=1, memory_per_run_gb=0.1)
+        futures = [waiting.submit(time.sleep, 0) for _ in range(3)]
+        time.sleep(0.5)
+        began = time.monotonic()
+        waiting.close(grace=60)
+        assert time.monotonic() - began < 10
+    assert all(future.cancelled() or isinstance(future.exception(), CellStopped) for future in futures)
+    assert capsys.readouterr().err.count("note: waiting for processor cores") == 1
 
 
 def test_engines_that_are_not():

@@ -27,6 +27,7 @@ from test_distributed import SMALL
 from test_distributed import start as start_all
 from test_engines import until
 from test_papermill import notebook
+from test_status import events
 
 from nfnet_lib import PROJECT, engine, graph
 from nfnet_lib.cell import NOTEBOOKS, CellFailed, execute
@@ -34,7 +35,7 @@ from nfnet_lib.cli import main
 from nfnet_lib.config import ConfigError, FinetuneConfig, PretrainConfig, StudyConfig
 from nfnet_lib.data import load_sources
 from nfnet_lib.files import write_json
-from nfnet_lib.records import collect, read_summary
+from nfnet_lib.records import collect, read_metrics, read_summary
 from nfnet_lib.report import build_report
 from nfnet_lib.sources import cached
 
@@ -87,13 +88,14 @@ def same_end(one, other):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """small_disk(megabytes): a file system of that size; called again it is resized, with 0 made read-only. Needs root."""
+    """small_disk(megabytes, files): a file system of that size, for so many files (0: any number); called again it is resized,
+    with 0 megabytes made read-only. Needs root."""
     folder = tmp_path / "disk"
     folder.mkdir()
     state = []
 
-    def size(megabytes):
-        options = "remount," * bool(state) + (f"size={int(megabytes * 1024)}k,rw" if megabytes else "ro")
+    def size(megabytes, files=0):
+        options = "remount," * bool(state) + (f"size={int(megabytes * 1024)}k,nr_inodes={files},rw" if megabytes else "ro")
         subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], check=True)
         state.append(megabytes)
         return folder
@@ -113,6 +115,18 @@ def test_a_disk_that_fills_up_while_saving_loses_nothing(run_of, small_disk):
     done = train(params, disk / "run")
     assert done.returncode == 0, done.stderr
     assert same_end(undisturbed, disk / "run")
+
+
+@pytest.mark.parametrize("files", [7, 9])
+def test_a_disk_without_room_for_a_checkpoint_s_folders_ends_the_run(files, run_of, small_disk):
+    """At once: threads that wait for a folder that was not made would hold its end up for five minutes."""
+    params, undisturbed = run_of
+    disk = small_disk(64, files)
+    done = train(params, disk / "run", seconds=60)
+    assert done.returncode == 1 and "error: [Errno 28] No space left on device" in done.stderr, done.stderr
+    small_disk(64)
+    done = train(params, disk / "run")
+    assert done.returncode == 0 and same_end(undisturbed, disk / "run"), done.stderr
 
 
 def test_a_full_disk_leaves_records_whole(small_disk, tmp_path):
@@ -275,6 +289,8 @@ def test_a_run_killed_between_two_checkpoints_resumes(run_of, tmp_path):
     process.communicate()
     assert not (tmp_path / "run" / "summary.json").exists()
     assert train(params, tmp_path / "run").returncode == 0 and same_end(undisturbed, tmp_path / "run")
+    written = {step for step, tag, _ in events(tmp_path / "run") if tag == "loss"}
+    assert written == set(read_metrics(tmp_path / "run")["step"]), "TensorBoard has them all"
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,21 @@ def test_a_lock_names_its_holder_and_ends_with_it(tmp_path):
             pass
 
 
+def test_a_lock_is_not_held_by_a_zombie_or_by_who_has_its_holder_s_number_now(tmp_path):
+    """Whoever watches a run in the background would watch without end."""
+    assert locks.held(tmp_path / "run") is None
+    process = holding(tmp_path / "run")
+    assert locks.held(tmp_path / "run") is True
+    process.send_signal(signal.SIGKILL)
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie
+    assert locks.holder(tmp_path / "run").alive and locks.held(tmp_path / "run") is False
+    process.wait()
+    (tmp_path / "run" / locks.LOCK).write_text(f"{socket.gethostname()} {os.getpid()}\n")
+    assert locks.held(tmp_path / "run") is False
+    (tmp_path / "run" / locks.LOCK).write_text("elsewhere 1\n")
+    assert locks.held(tmp_path / "run") is None
+
+
 @pytest.mark.parametrize("before", ["", "{host} {dead}\n"], ids=["no name", "the name of one that was killed"])
 def test_who_is_refused_a_lock_just_taken_is_told_who_took_it(before, tmp_path):
     dead = subprocess.Popen(["true"])
@@ -153,6 +168,8 @@ def test_tensorboard_gets_the_same_numbers_and_forgets_what_a_resumed_run_repeat
     with EventWriter(tmp_path) as writer:
         writer.write(1, loss=2.5, lr=None)
         writer.write(2, loss=2.0)
+        writer.sync()
+        assert [event[0] for event in events(tmp_path) if event[1] == "loss"] == [1, 2], "also if it is killed now"
     with EventWriter(tmp_path, last_step=1) as writer:
         writer.write(2, loss=1.5)
     found = events(tmp_path)

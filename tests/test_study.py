@@ -94,6 +94,17 @@ def test_a_study_runs_skips_and_refuses_another(smallest_study, tmp_path, capsys
     assert main(["status", str(out)]) == 0 and json.loads((out / "study.json").read_text())["name"] == "smallest"
 
 
+def test_a_reader_that_goes_away_is_no_bad_input(smallest_study):
+    path, out = smallest_study
+    for command in (["study", str(path), "--out", str(out)], ["status", str(out)]):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "nfnet_lib.cli", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        process.stdout.close()
+        error = process.stderr.read()
+        assert process.wait() == 1 and "Traceback" not in error and "error:" not in error and "ignored" not in error, error
+
+
 def test_a_study_killed_at_random_ends_with_the_same_records(smallest_study, tmp_path):
     path, undisturbed = smallest_study
     shutil.copytree(undisturbed / ".cache", tmp_path / "killed" / ".cache")
