@@ -76,7 +76,9 @@ def own_cores(count: int) -> Iterator[list[int]]:
 @functools.cache
 def _tell_that_it_waits() -> None:
     """Once a process."""
-    print("note: waiting for processor cores, which another study here has", file=sys.stderr)
+    from tqdm.auto import tqdm
+
+    tqdm.write("note: waiting for processor cores, which another study here has", file=sys.stderr)
 
 
 def on_own_cores(function: Callable, count: int, arguments: tuple, options: dict[str, Any]) -> Any:

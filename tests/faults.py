@@ -130,6 +130,11 @@ FAULTS = {
             made("a_disk_that_fills_up_while_saving_loses_nothing"),
         ),
         Fault(
+            "the disk has no room for a checkpoint's folders",
+            "one line, exit code 1, at once; with room the same digits",
+            made("a_disk_without_room_for_a_checkpoint_s_folders_ends_the_run"),
+        ),
+        Fault(
             "the disk is full: what TensorBoard reads",
             "one line, exit code 1; with room the same digits",
             made("a_disk_that_is_full_for_what_tensorboard_reads_ends_the_run"),
@@ -172,6 +177,21 @@ FAULTS = {
                 *made("of_two_studies_started_at_once_on_a_folder_one_runs", "two_studies_in_one_folder_never_mix"),
                 "test_status.py::test_a_lock_names_its_holder_and_ends_with_it",
             ),
+        ),
+        Fault(
+            "a lock names a process that is a zombie, or whose number is another's now",
+            "nobody waits for it",
+            ("test_status.py::test_a_lock_is_not_held_by_a_zombie_or_by_who_has_its_holder_s_number_now",),
+        ),
+        Fault(
+            "a study waits for cores that others have, and is stopped",
+            "it says that it waits, and ends",
+            ("test_engines.py::test_a_study_that_waits_for_cores_can_be_stopped",),
+        ),
+        Fault(
+            "who reads what a command says goes away",
+            "exit code 1, no traceback",
+            ("test_study.py::test_a_reader_that_goes_away_is_no_bad_input",),
         ),
         Fault(
             "2,000 runs through the engine of studies",

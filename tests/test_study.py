@@ -94,6 +94,15 @@ def test_a_study_runs_skips_and_refuses_another(smallest_study, tmp_path, capsys
     assert main(["status", str(out)]) == 0 and json.loads((out / "study.json").read_text())["name"] == "smallest"
 
 
+def test_a_study_of_which_every_cell_fails_is_told_and_reported(smallest_study, tmp_path, capsys):
+    path, _ = smallest_study
+    assert main(["study", str(path), "-p", "timeout_minutes=0.01", "--out", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr()
+    assert "failed: Ti-4-mini_ep1: run took longer than 0.01 minutes" in said.out + said.err
+    report = (tmp_path / "out" / "report" / "index.html").read_text()
+    assert "There is no answer yet" in report and "2 of this study" in report
+
+
 def test_a_reader_that_goes_away_is_no_bad_input(smallest_study):
     path, out = smallest_study
     for command in (["study", str(path), "--out", str(out)], ["status", str(out)]):
