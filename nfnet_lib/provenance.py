@@ -2,8 +2,11 @@
 
 import datetime
 import os
+import platform
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -40,20 +43,34 @@ def summary(
         "tpu_v4_core_hours": float(paper.tpu_v4_core_hours(total)), **results,
         "device_kind": jax.devices()[0].device_kind, "device_count": jax.device_count(),
         "process_count": jax.process_count(), "platform": jax.default_backend(), "host_cores": cores,
+        "processor": processor(),
         "versions": _versions(), **_CODE, "started_at": started, "finished_at": now(),
     })  # fmt: skip
 
 
 def environment() -> dict[str, str]:
-    """What can differ between the legs of a run and change its last digits: versions, devices, processes."""
+    """What can differ between the legs of a run and change its last digits: versions, devices, processes; of a run on CPUs the
+    processor, for which XLA writes other code, and how many of its cores share a sum."""
     devices = f"{jax.device_count()} {jax.devices()[0].device_kind}"
-    return _versions() | {"devices": devices, "processes": str(jax.process_count())}
+    found = _versions() | {"devices": devices, "processes": str(jax.process_count())}
+    if jax.default_backend() == "cpu":
+        found |= {"processor": processor(), "cores": str(len(os.sched_getaffinity(0)))}
+    return found
+
+
+def processor() -> str:
+    """What the processor calls itself, or else its architecture."""
+    try:
+        named = re.search(r"^model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        named = None
+    return named[1].strip() if named else platform.processor() or platform.machine()
 
 
 def changes(before: dict[str, str], after: dict[str, str], step: int) -> list[str]:
-    """One sentence for each difference between two `environment`s."""
-    names = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-    return [f"step {step}: {name} {before.get(name)} before, {after.get(name)} now" for name in names]
+    """One sentence for each difference between two `environment`s in what both of them say."""
+    names = sorted(name for name in before.keys() & after.keys() if before[name] != after[name])
+    return [f"step {step}: {name} {before[name]} before, {after[name]} now" for name in names]
 
 
 def now() -> str:

@@ -130,6 +130,7 @@ def provenance(records: "pd.DataFrame") -> "pd.DataFrame":
         "commit": several("git_commit"),
         "tracked files modified": several("git_dirty"),
         "device": several("device_kind"),
+        "processor": several("processor"),
         "cores a run": several("host_cores"),
         "jax": several("versions.jax") if "versions.jax" in records else several("jax"),
         "training time": f"{records['seconds'].sum() / 3600:.2f} h, {records['core_hours'].sum():.2f} core-hours",

@@ -245,9 +245,9 @@ FAULTS = {
             ),
         ),
         Fault(
-            "other versions of jax, other devices or process counts between two legs",
+            "other versions of jax, another processor or fewer cores, other devices or process counts between two legs",
             "said, and in the summary as `changes`",
-            resume("another_version_of_jax_between_two_legs_is_recorded"),
+            resume("another_version_or_machine_between_two_legs_is_recorded"),
         ),
         Fault(
             "resumed on other process counts, worker counts, batch sizes, views",

@@ -223,19 +223,29 @@ def test_data_that_changed_between_two_legs_are_refused(tmp_path, capsys):
     refused(config, tmp_path / "run", capsys, "drew its examples from other data or in another order; fingerprint: saved")
 
 
-def test_another_version_of_jax_between_two_legs_is_recorded(made, half, capsys):
+@pytest.mark.parametrize("what,was", [("jax", "0.0.1"), ("processor", "Z80"), ("cores", "64")])
+def test_another_version_or_machine_between_two_legs_is_recorded(made, half, capsys, what, was):
     config, whole, _ = made
     for step in ("2", "4"):
         record = record_of(half / "checkpoints" / step)[1]["record"]
-        now = record["environment"]["jax"]
-        record["environment"]["jax"] = "0.0.1"
+        now = record["environment"][what]
+        record["environment"][what] = was
         rewritten(half / "checkpoints" / step, record=record)
     summary = run(config, half, progress=False)
-    assert summary["changes"] == [f"step 4: jax 0.0.1 before, {now} now"]
-    assert f"note: resumed at step 4: jax 0.0.1 before, {now} now; later digits may differ" in capsys.readouterr().err
+    assert summary["changes"] == [f"step 4: {what} {was} before, {now} now"]
+    assert f"note: resumed at step 4: {what} {was} before, {now} now; later digits may differ" in capsys.readouterr().err
     found, expected = results(half), results(whole)
     assert found[0].pop("changes") and found == expected and "changes" not in read_summary(whole)
     assert records.collect(half)["changes"].tolist() == [json.dumps(summary["changes"])]
+
+
+def test_a_checkpoint_from_before_processors_were_recorded_goes_on_without_a_word(made, half, capsys):
+    for step in ("2", "4"):
+        record = record_of(half / "checkpoints" / step)[1]["record"]
+        del record["environment"]["processor"], record["environment"]["cores"]
+        rewritten(half / "checkpoints" / step, record=record)
+    assert "changes" not in run(made[0], half, progress=False) and "note:" not in capsys.readouterr().err
+    assert results(half) == results(made[1])
 
 
 # ------------------------------------------------------------------------------------------------------------ records
