@@ -42,8 +42,8 @@ PROGRAM_PARAMETERS = (
 
 
 class Program:
-    """A compiled function that may still be in the making: a call waits for it. One after another in two threads: while one
-    program is compiled the next is traced.
+    """A compiled function that may still be in the making: a call waits for it. One after another in three threads: while one
+    program is compiled the next is traced, and the one before is kept.
 
     kept: where it is kept for other processes (`program_store`), or None. older_emitters: whether XLA's older ones make its
     kernels, where it has any.
@@ -51,6 +51,7 @@ class Program:
 
     _tracer = concurrent.futures.ThreadPoolExecutor(1, "tracer")
     _compiler = concurrent.futures.ThreadPoolExecutor(1, "compiler")
+    _keeper = concurrent.futures.ThreadPoolExecutor(1, "keeper")
 
     def __init__(self, kept: Path | None, older_emitters: bool, function, *arguments):
         self._kept, self._older_emitters = kept, older_emitters
@@ -73,11 +74,21 @@ class Program:
         return self._compiler.submit(contextvars.copy_context().run, self._compile, lowered)
 
     def _compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-        """glibc keeps the gigabytes that the compiler frees (LOG.md): hand them back."""
-        program = program_store.compiled(lowered, _options(self._older_emitters), self._kept)
+        program, new = program_store.compiled(lowered, _options(self._older_emitters))
+        self._keeper.submit(self._tidy, program if new else None)
+        return program
+
+    @classmethod
+    def all_kept(cls) -> None:
+        """Wait until what was compiled is kept: a process may end without its threads."""
+        cls._keeper.submit(lambda: None).result()
+
+    def _tidy(self, program: jax.stages.Compiled | None) -> None:
+        """Keep a new program, and hand back the gigabytes that the compiler frees and glibc does not (LOG.md)."""
+        if program is not None and self._kept is not None:
+            program_store.keep(program, self._kept)
         with contextlib.suppress(OSError, AttributeError):  # another C library
             ctypes.CDLL("libc.so.6").malloc_trim(0)
-        return program
 
 
 @contextlib.contextmanager

@@ -56,22 +56,23 @@ def load(path: Path) -> jax.stages.Compiled | None:
         return None
 
 
-def compiled(lowered: jax.stages.Lowered, options: dict | None, path: Path | None) -> jax.stages.Compiled:
-    """Compile a lowered program and keep it, or do without: a disk may be full.
-
-    One that comes out of JAX's cache is not kept: written again it lacks some of its functions, which is found when it runs.
+def compiled(lowered: jax.stages.Lowered, options: dict | None) -> tuple[jax.stages.Compiled, bool]:
+    """The program, and whether the compiler made it: one that comes out of JAX's cache can't be kept, for written again it
+    lacks some of its functions, which is found when it runs.
     """
     before = getattr(_read_by_jax, "count", 0)
     program = lowered.compile(compiler_options=options)
-    if path is None or getattr(_read_by_jax, "count", 0) != before:
-        return program
-    content = pickle.dumps(serialize_executable.serialize(program))
+    return program, getattr(_read_by_jax, "count", 0) == before
+
+
+def keep(program: jax.stages.Compiled, path: Path) -> None:
+    """Write the program there, or do without and say so: a disk may be full."""
     try:
+        content = pickle.dumps(serialize_executable.serialize(program))
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, _digest(content) + content, overwrite=True)
-    except OSError as error:
+    except Exception as error:  # whatever it is, the run goes on
         print(f"note: compiled programs are not kept for other runs: {error}", file=sys.stderr)
-    return program
 
 
 def _digest(content: bytes) -> bytes:

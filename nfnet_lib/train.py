@@ -23,7 +23,7 @@ from nfnet_lib.data import QUARANTINE, Quarantine, load_sources, make_sampler, r
 from nfnet_lib.files import write_json
 from nfnet_lib.loader import LoaderError, on_device
 from nfnet_lib.locks import exclusive
-from nfnet_lib.program import EVAL_BATCH, PROGRAM_PARAMETERS, Programs, evaluate, programs
+from nfnet_lib.program import EVAL_BATCH, PROGRAM_PARAMETERS, Program, Programs, evaluate, programs
 from nfnet_lib.records import FAILURE, PARAMS, STOP, SUMMARY, MetricsWriter, RecordError, read_metrics, read_summary
 from nfnet_lib.selection import Selection
 from nfnet_lib.sources import cached
@@ -73,6 +73,7 @@ def run(config: RunConfig, out_dir: str | Path, *, cache_dir: str | Path | None 
             write_json(out_dir / PARAMS, config.model_dump(mode="json"))
         asked = held.enter_context(heeding_sigterm())
         summary = _train(config, out_dir, train_source, heldout_source, sampler, initial, asked, progress)
+        Program.all_kept()
         if distributed.is_primary():
             write_json(out_dir / SUMMARY, summary)
             (out_dir / FAILURE).unlink(missing_ok=True)

@@ -43,10 +43,18 @@ def lowered(factor=2.0):
     return step.lower(state)
 
 
+def made(path, factor=2.0):
+    """The program, compiled, and kept where it is new, as runs do it."""
+    program, new = program_store.compiled(lowered(factor), None)
+    if new:
+        program_store.keep(program, path)
+    return program
+
+
 def test_a_kept_program_computes_the_same(folder):
     path = program_store.path_of("step", (1, "a"))
     assert path.parent == folder and program_store.load(path) is None
-    for program in (program_store.compiled(lowered(), None, path), program_store.load(path)):
+    for program in (made(path), program_store.load(path)):
         given = {"x": jnp.arange(3.0), "count": jnp.int32(4)}
         result = program(given)
         assert result["x"].tolist() == [0, 2, 4] and result["count"] == 5
@@ -61,15 +69,41 @@ def test_one_program_is_traced_while_another_is_compiled(monkeypatch):
         traced.set()
         return x * 2
 
-    def compiled(lowered, options, kept):
+    def compiled(lowered, options):
         assert traced.wait(60), "the next program is not traced meanwhile"
-        return lowered.compile(options)
+        return lowered.compile(options), True
 
     monkeypatch.setattr(program_store, "compiled", compiled)
     x = jnp.arange(3.0)
     programs = [Program(None, False, jax.jit(function), x) for function in (lambda x: x + 1, second)]
     assert [program(x).tolist() for program in programs] == [[1, 2, 3], [0, 2, 4]]
     assert collecting == [False] and gc.isenabled()
+
+
+def test_a_program_is_had_before_it_is_kept_and_what_stands_in_its_way_is_said(folder, monkeypatch, capsys):
+    path, used = program_store.path_of("step", (1,)), threading.Event()
+    written, serialize = threading.Event(), program_store.serialize_executable.serialize
+
+    def late(program):
+        assert used.wait(60), "who asked for the program waits until it is kept"
+        written.set()
+        return serialize(program)
+
+    monkeypatch.setattr(program_store.serialize_executable, "serialize", late)
+    x = jnp.arange(3.0)
+    program = Program(path, False, jax.jit(lambda x: x - 1), x)
+    assert program(x).tolist() == [-1, 0, 1]
+    used.set()
+    Program.all_kept()
+    assert written.is_set() and program_store.load(path)(x).tolist() == [-1, 0, 1] and not capsys.readouterr().err
+
+    def failing(program):
+        raise RuntimeError("no serialisation")
+
+    monkeypatch.setattr(program_store.serialize_executable, "serialize", failing)
+    assert Program(path.with_name("other"), False, jax.jit(lambda x: x - 2), x)(x).tolist() == [-2, -1, 0]
+    Program.all_kept()
+    assert "note: compiled programs are not kept for other runs: no serialisation" in capsys.readouterr().err
 
 
 def test_who_waits_for_a_program_is_told_why_there_is_none():
@@ -82,14 +116,14 @@ def test_who_waits_for_a_program_is_told_why_there_is_none():
 @pytest.mark.parametrize("damage", [b"", b"x" * 40, None, "flipped"])
 def test_a_damaged_one_is_none(folder, damage):
     path = program_store.path_of("step", ())
-    program_store.compiled(lowered(), None, path)
+    made(path)
     content = path.read_bytes()
     if damage == "flipped":
         middle = len(content) // 2
         damage = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
     path.write_bytes(content[: len(content) // 2] if damage is None else damage)
     assert program_store.load(path) is None
-    program_store.compiled(lowered(), None, path)
+    made(path)
     assert program_store.load(path) is not None, "and it is replaced"
 
 
@@ -102,12 +136,12 @@ def test_what_jax_s_cache_gave_is_not_kept(folder):
         for name, value in settings.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
-        program_store.compiled(lowered(7.0), None, None)
+        program_store.compiled(lowered(7.0), None)
         assert list(folder.glob("*-cache"))
         jax.clear_caches()
-        program_store.compiled(lowered(7.0), None, path)
+        made(path, 7.0)
         assert not path.exists()
-        program_store.compiled(lowered(8.0), None, path)
+        made(path, 8.0)
         assert path.exists()
     finally:
         for name, value in before.items():
