@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nfnet_lib import PROJECT, study_commands
 from nfnet_lib.config import ConfigError
+from nfnet_lib.files import no_room
 from nfnet_lib.records import RecordError
 
 
@@ -308,7 +309,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except (ConfigError, RecordError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 1 if no_room(error) else 2
     except RuntimeError as error:  # a report that can't be built
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,10 +1,16 @@
 """Files that are written whole or not at all, whatever kills the process."""
 
+import errno
 import json
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
+
+
+def no_room(error: Exception) -> bool:
+    """Whether a disk is full or a quota used up: not the fault of what was asked for."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_json(path: str | os.PathLike, obj: Any) -> None:

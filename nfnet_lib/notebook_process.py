@@ -207,6 +207,10 @@ def _execute(request: dict[str, Any], answers: int) -> None:
                 shutdown_kernel="immediate",  # all it had to say is on disk; to take JAX down in good order takes a second
                 config=Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"}),
             )  # fmt: skip
+        except papermill().exceptions.PapermillExecutionError as error:
+            if not "".join(error.traceback).strip():  # IPython had none, as where it could open no file
+                error.traceback = [f"{error.ename}: {error.evalue}"]
+            raise
         finally:
             if Path(request["output"]).exists():
                 shorten_outputs(Path(request["output"]))

@@ -5,7 +5,6 @@ one without resumes from its newest sound checkpoint, and ends with the numbers 
 """
 
 import contextlib
-import errno
 import itertools
 import json
 import sys
@@ -20,7 +19,7 @@ from nfnet_lib import PROJECT, distributed, provenance
 from nfnet_lib.checkpoint import CheckpointError, Checkpoints, not_finite, restored
 from nfnet_lib.config import ConfigError, FinetuneConfig, PretrainConfig, RunConfig, config_from_params
 from nfnet_lib.data import QUARANTINE, Quarantine, load_sources, make_sampler, run_batches, selection_source
-from nfnet_lib.files import write_json
+from nfnet_lib.files import no_room, write_json
 from nfnet_lib.loader import LoaderError, on_device
 from nfnet_lib.locks import exclusive
 from nfnet_lib.program import EVAL_BATCH, PROGRAM_PARAMETERS, Program, Programs, evaluate, programs
@@ -32,7 +31,6 @@ from nfnet_lib.tensorboard import EventWriter
 from nfnet_lib.weights import load_pretrained, save_params, transfer
 
 LOCK_SECONDS = 60
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # not the fault of what was asked for
 ADVICE = "a lower peak_lr may help"
 
 
@@ -365,7 +363,7 @@ def main(argv: list[str] | None = None) -> int:
         summary = run(config, arguments.out, cache_dir=arguments.cache_dir)
     except (ConfigError, RecordError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1 if getattr(error, "errno", None) in NO_ROOM else 2
+        return 1 if no_room(error) else 2
     except LoaderError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -145,6 +145,11 @@ FAULTS = {
             made("a_full_disk_leaves_records_whole"),
         ),
         Fault(
+            "the disk is full when a study begins",
+            "one line, exit code 1: it is no bad input",
+            made("a_study_on_a_full_disk_is_no_bad_input"),
+        ),
+        Fault(
             "the disk fills up while a notebook is written",
             "the cell fails, no notebook; with room it is done",
             made("a_full_disk_while_a_notebook_is_written"),

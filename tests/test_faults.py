@@ -204,6 +204,17 @@ def test_a_full_disk_for_caches_costs_time_only(run_of, small_disk, tmp_path):
     assert "note: rendered images are not kept for other runs: " in done.stderr and same_end(undisturbed, tmp_path / "run")
 
 
+@pytest.mark.parametrize("free", [0, 8192])
+def test_a_study_on_a_full_disk_is_no_bad_input(free, small_disk):
+    disk = small_disk(1)
+    with (disk / "filler").open("wb") as filler:
+        filler.write(bytes(2**20 - free))
+    command = [sys.executable, "-m", "nfnet_lib.cli", "study", str(Path(__file__).parent / "smallest.yaml")]
+    done = subprocess.run([*command, "--out", str(disk / "out")], cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "error: [Errno 28] No space left" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and (disk / "filler").stat().st_size == 2**20 - free
+
+
 def test_a_full_disk_while_lists_of_data_are_written(small_disk, tmp_path, capsys):
     rng = np.random.default_rng(0)
     for name in ("train", "heldout"):
@@ -215,7 +226,7 @@ def test_a_full_disk_while_lists_of_data_are_written(small_disk, tmp_path, capsy
     with (disk / "filler").open("wb") as filler:
         filler.write(rng.bytes(2**20 - 8192))
     sets = [str(tmp_path / "train"), str(tmp_path / "heldout")]
-    assert main(["dedup", *sets, "--out", str(disk / "out")]) == 2
+    assert main(["dedup", *sets, "--out", str(disk / "out")]) == 1
     assert "No space left" in capsys.readouterr().err and not list((disk / "out").glob("*.p*ng"))
     small_disk(16)
     assert main(["dedup", *sets, "--out", str(disk / "other")]) == 0

@@ -81,6 +81,9 @@ def test_a_dead_kernel_is_told_and_lost(tmp_path, monkeypatch):
     with pytest.raises(CellFailed, match=r"^ValueError: no$") as failure:
         execute(path, tmp_path / "out.ipynb", {})
     assert not failure.value.lost
+    without = "class Full(OSError):\n    def _render_traceback_(self):\n        return []\nraise Full('no file can be opened')"
+    with pytest.raises(CellFailed, match=r"^Full: no file can be opened$"):  # where IPython could not make a traceback
+        execute(notebook(tmp_path / "in.ipynb", without), tmp_path / "out.ipynb", {})
 
 
 def test_one_process_executes_many_notebooks(tmp_path, monkeypatch):
