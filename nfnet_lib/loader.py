@@ -32,7 +32,7 @@ from nfnet_lib.sampler import ExactlyOnceSampler, uniforms
 from nfnet_lib.sources import Source
 
 CHUNK = 64  # views that one worker makes at a time: enough to amortise its start, few enough to share a batch out
-IDS_AT_ONCE = 1024  # of small batches, asked of the sampler together
+TOGETHER = 256, 2**19  # views, bytes: smaller batches are made some at a time, since handing over takes as long as ten views
 EXIT_SECONDS = 5  # that the end of the process waits for threads at work
 RETRY_SECONDS = (0.1, 0.5)  # waits before a failed read is tried again: network mounts hiccup
 
@@ -92,10 +92,11 @@ def train_batches(
     """Training batches for ever from position `start`; epochs follow each other within a batch, nothing is dropped.
 
     batch_size: views over all processes, `augmult` of each example. workers: threads (0: none, in the caller's); memory
-    is bounded by prefetch + 1 batches and one decoded image a worker. on_bad: "quarantine" keeps the slot of an example that
-    can't be read with weight 0 and names it in `Batch.bad`, "stop" raises LoaderError. stall_seconds: an example that
-    takes longer raises LoaderError. normalise_labels: the weights of an example's labels sum to 1 (softmax) or are 1 each
-    (sigmoid). augmentation: parameters of `augment.Augmentation`. Close the iterator to end its threads.
+    is bounded by prefetch + 1 batches (half a MiB where they are smaller) and one decoded image a worker. on_bad:
+    "quarantine" keeps the slot of an example that can't be read with weight 0 and names it in `Batch.bad`, "stop" raises
+    LoaderError. stall_seconds: an example that takes longer raises LoaderError. normalise_labels: the weights of an example's
+    labels sum to 1 (softmax) or are 1 each (sigmoid). augmentation: parameters of `augment.Augmentation`. Close the iterator
+    to end its threads.
     """
     if augmult < 1 or process_count < 1 or batch_size < 1 or batch_size % (augmult * process_count):
         raise ValueError(f"batch_size: {batch_size} is not a multiple of augmult={augmult} x {process_count} processes")
@@ -110,23 +111,34 @@ def train_batches(
     reader = _Reader(source, on_bad, normalise_labels)
     chunk = max(2, CHUNK // augmult // 2 * 2)  # even: pairs that are mixed are made together
 
+    together = min(TOGETHER[0], TOGETHER[1] // (resolution**2 * 3))
+    many = max(1, together // (share * augmult))  # batches
+
     def jobs() -> Iterator[_Job]:
         position = start
-        for ids in _ids_of_batches(sampler, start, unique, process_index, process_count):
-            first = position + process_index * share
-            batch = _empty(share * augmult, resolution, reader.labels_per_example * (2 if how.mixes else 1))
-            job = _Job(batch._replace(ids=ids, position=position + unique), [])
-            for begin in range(0, share, chunk):
-                rows = np.arange(begin, min(begin + chunk, share))
+        while True:
+            stretch = np.arange(position, position + many * unique).reshape(many, process_count, share)
+            positions = stretch[:, process_index].ravel()
+            ids = sampler.example_ids(position, position + many * unique).reshape(stretch.shape)[:, process_index].ravel()
+            batch = _empty(len(ids) * augmult, resolution, reader.labels_per_example * (2 if how.mixes else 1))
+            job = _Job(batch._replace(ids=ids, position=position), [])
+            for begin in range(0, len(ids), chunk):
+                rows = np.arange(begin, min(begin + chunk, len(ids)))
                 job.parts.append(
-                    lambda rows=rows, batch=job.batch, first=first: _fill(
-                        reader, batch, rows, first + rows, seed, augmult, how
+                    lambda rows=rows, batch=job.batch, positions=positions: _fill(
+                        reader, batch, rows, positions[rows], seed, augmult, how
                     )
                 )
             yield job
-            position += unique
+            position += many * unique
 
-    yield from _made_ahead(jobs(), reader, workers, prefetch, stall_seconds)
+    for made in _made_ahead(jobs(), reader, workers, prefetch, stall_seconds):
+        for number in range(many):
+            views = slice(number * share * augmult, (number + 1) * share * augmult)
+            first = made.position + number * unique
+            bad = tuple(example for example in made.bad if first <= example.position < first + unique)
+            ids = made.ids[number * share : (number + 1) * share]
+            yield Batch(*(array[views] for array in made.examples), ids, first + unique, bad)
 
 
 def eval_batches(
@@ -176,19 +188,6 @@ def on_device(
         if len(pending) > ahead:
             yield pending.popleft()
     yield from pending
-
-
-def _ids_of_batches(
-    sampler: ExactlyOnceSampler, position: int, unique: int, process_index: int, process_count: int
-) -> Iterator[Int64[np.ndarray, " U"]]:
-    """What one process loads of each batch of `unique` examples from a position on. Of small batches many are asked for at
-    once: a thousand ids take the sampler little longer than thirty.
-    """
-    many = max(1, IDS_AT_ONCE // unique)
-    while True:
-        stretch = sampler.example_ids(position, position + many * unique)
-        yield from stretch.reshape(many, process_count, -1)[:, process_index]
-        position += many * unique
 
 
 class _Job(NamedTuple):
