@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from nfnet_lib import convolution
+from nfnet_lib.compiler import options
 from nfnet_lib.kept import REMAT
 from nfnet_lib.nfnet import WHOLE, NFNet, Part, standardised_before
 from nfnet_lib.variants import (
@@ -169,10 +170,10 @@ def signal_table(
         )
     side = resolution or model.variant.train_px
     images = jax.random.normal(image_key, (batch_size, side, side, 3))
-    signals = jax.jit(lambda p, x: model.apply_with_features(p, x)[1]["signals"])(params, images)
+    signals = jax.jit(lambda p, x: model.apply_with_features(p, x)[1]["signals"], compiler_options=options(soon=True))
     depths = model.variant.depth if model.variant.family == "NFNet" else [model.variant.depth]
     stages = [stage for stage, depth in enumerate(depths) for _ in range(depth)]
-    table = pd.DataFrame(jax.device_get(signals), columns=["mean_squared", "variance", "branch_variance"])
+    table = pd.DataFrame(jax.device_get(signals(params, images)), columns=["mean_squared", "variance", "branch_variance"])
     table.insert(0, "stage", stages)
     table.insert(0, "block", range(len(stages)))
     return table

@@ -12,6 +12,7 @@ from jaxtyping import UInt8
 
 from nfnet_lib import models
 from nfnet_lib.augment import default_margin, eval_views
+from nfnet_lib.compiler import options
 from nfnet_lib.config import ConfigError, config_from_params
 from nfnet_lib.decode import FORMATS
 from nfnet_lib.records import SUMMARY, read_summary
@@ -51,7 +52,7 @@ def predict(
 @functools.lru_cache(maxsize=4)
 def _logits(name: str, num_classes: int, settings: tuple):
     """Compiled once for all pictures that a process looks at."""
-    return jax.jit(models.create(name, num_classes, **dict(settings)).apply)
+    return jax.jit(models.create(name, num_classes, **dict(settings)).apply, compiler_options=options(soon=True))
 
 
 def embedder(weights: str | os.PathLike, resolution: int | None = None):

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from nfnet_lib import distributed, models, program_store
+from nfnet_lib import compiler, distributed, models, program_store
 from nfnet_lib.config import RunConfig
 from nfnet_lib.data import Quarantine
 from nfnet_lib.loader import Examples, eval_batches
@@ -27,11 +27,6 @@ from nfnet_lib.sources import Source, original_id
 from nfnet_lib.step import Schedule, TrainState, eval_step, init_state, train_step
 
 EVAL_BATCH = 128
-# LLVM's higher levels take a fifth longer to compile steps that are no faster (LOG.md).
-_CPU_OPTIONS = {"xla_backend_optimization_level": 1}
-# False compiles in 0.6 to 0.8 of the time what runs once or is hardly slower: SAM's steps take 0.97 to 1.07, plain ones up to
-# 1.15. jax 0.12 has no such option any more.
-_NEWER_EMITTERS = "xla_cpu_use_fusion_emitters"
 
 # What a compiled program depends on; everything else of a config is data to it.
 PROGRAM_PARAMETERS = (
@@ -45,16 +40,15 @@ class Program:
     """A compiled function that may still be in the making: a call waits for it. One after another in three threads: while one
     program is compiled the next is traced, and the one before is kept.
 
-    kept: where it is kept for other processes (`program_store`), or None. older_emitters: whether XLA's older ones make its
-    kernels, where it has any.
+    kept: where it is kept for other processes (`program_store`), or None. soon: of `compiler.options`.
     """
 
     _tracer = concurrent.futures.ThreadPoolExecutor(1, "tracer")
     _compiler = concurrent.futures.ThreadPoolExecutor(1, "compiler")
     _keeper = concurrent.futures.ThreadPoolExecutor(1, "keeper")
 
-    def __init__(self, kept: Path | None, older_emitters: bool, function, *arguments):
-        self._kept, self._older_emitters = kept, older_emitters
+    def __init__(self, kept: Path | None, soon: bool, function, *arguments):
+        self._kept, self._soon = kept, soon
         self._found = self._tracer.submit(contextvars.copy_context().run, self._find, function, *arguments)
 
     def __call__(self, *arguments):
@@ -74,7 +68,7 @@ class Program:
         return self._compiler.submit(contextvars.copy_context().run, self._compile, lowered)
 
     def _compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-        program, new = program_store.compiled(lowered, _options(self._older_emitters))
+        program, new = program_store.compiled(lowered, compiler.options(self._soon))
         self._keeper.submit(self._tidy, program if new else None)
         return program
 
@@ -199,31 +193,13 @@ def programs(values: tuple, settings: tuple, num_classes: int, labels: tuple[int
 
     def program(name: str, function, *arguments) -> Program:
         made_from = (values, settings, num_classes, labels, eval_batch)
-        older_emitters = name == "init" or (name == "step" and config.rho > 0)
-        return Program(program_store.path_of(name, made_from), older_emitters, function, *arguments)
+        return Program(program_store.path_of(name, made_from), name != "step" or config.rho > 0, function, *arguments)
 
     return Programs(
         mesh, placed, program("init", jax.jit(init, out_shardings=placed), key),
         program("step", step, state, batch(config.batch_size, config.resolution, labels[0]), schedule, key),
         program("evaluation", evaluation, state.params, batch(eval_batch, config.eval_resolution, labels[1])), eval_batch,
     )  # fmt: skip
-
-
-@functools.cache
-def compiler_knows(option: str) -> bool:
-    """Whether this backend's compiler has a switch of this name: those of XLA come and go, and unknown ones are errors."""
-    try:
-        jax.jit(lambda: 0).lower().compile(compiler_options={option: False})
-    except jax.errors.JaxRuntimeError:
-        return False
-    return True
-
-
-def _options(older_emitters: bool) -> dict[str, int | bool]:
-    """The compiler's on this backend."""
-    if jax.default_backend() != "cpu":
-        return {}
-    return _CPU_OPTIONS | ({_NEWER_EMITTERS: False} if older_emitters and compiler_knows(_NEWER_EMITTERS) else {})
 
 
 def evaluate(

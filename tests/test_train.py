@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from nfnet_lib import flops, models, program, tuning
+from nfnet_lib import compiler, flops, models, tuning
 from nfnet_lib.checkpoint import CheckpointError, Checkpoints
 from nfnet_lib.config import ConfigError, FinetuneConfig, PretrainConfig
 from nfnet_lib.loader import Examples
@@ -207,8 +207,8 @@ def test_sam_s_step_as_runs_compile_it_is_the_step_as_written():
 
 def test_a_switch_that_the_compiler_does_not_have_is_left_out(monkeypatch):
     """XLA drops some from one release to the next (jax 0.12 has no older emitters), and asked for one it compiles nothing."""
-    monkeypatch.setattr(program, "_NEWER_EMITTERS", "xla_cpu_no_such_switch")
-    assert program.compiler_knows("xla_cpu_enable_fast_math") and not program.compiler_knows("xla_cpu_no_such_switch")
+    monkeypatch.setattr(compiler, "_NEWER_EMITTERS", "xla_cpu_no_such_switch")
+    assert compiler.knows("xla_cpu_enable_fast_math") and not compiler.knows("xla_cpu_no_such_switch")
     config = FinetuneConfig(**FINETUNED | {"variant": "Ti/4-mini", "optimizer": "adamw"}, pretrained_run="any")
     values = tuple((name, getattr(config, name)) for name in PROGRAM_PARAMETERS)
     made = programs.__wrapped__(values, tuple(config.model_settings.items()), 10, (1, 1), config.heldout_examples)
