@@ -128,9 +128,9 @@ def explorer(result: FrontierResult | None, **start):
     import ipywidgets as widgets
 
     from nfnet_lib.config import ConfigError
-    from nfnet_lib.variants import VARIANTS
+    from nfnet_lib.variants import SMALL, VARIANTS
 
-    full = [name for name in VARIANTS if "mini" not in name]
+    full = [name for name in VARIANTS if not name.endswith(SMALL)]
     controls = {
         "variants": widgets.SelectMultiple(options=full, value=start["variants"], rows=8, description="variants"),
         "epochs": widgets.Text(", ".join(f"{e:g}" for e in start["epochs"]), description="epochs"),

@@ -30,7 +30,7 @@ def variant_style(name: str) -> dict:
     """Colour, marker and line style of a variant, the same in every figure; other networks get one by their name."""
     import seaborn as sns
 
-    base = re.sub(r"(/\d+)?(-mini)?$", "", name)
+    base = name if name in VARIANT_LOOKS else re.sub(r"(/\d+)?(-[a-z]+)?$", "", name)
     index = VARIANT_LOOKS.index(base) if base in VARIANT_LOOKS else sum(map(ord, base))
     color = sns.color_palette("colorblind")[_COLORS[index % len(_COLORS)]]
     return {"color": color, "marker": _MARKERS[index % len(_MARKERS)], "linestyle": LINES[index % len(LINES)]}
@@ -100,7 +100,7 @@ def _separate(labels: list, axes: Axes, steps: int = 60) -> None:
         moved = False
         for label, box in zip(labels, boxes, strict=True):
             for x, y in marks:
-                if box.x0 < x < box.x1 and box.y0 - 5 < y < box.y1 + 5:
+                if box.x0 - 5 < x < box.x1 + 5 and box.y0 - 5 < y < box.y1 + 5:
                     label.xyann = (label.xyann[0], label.xyann[1] + (1.5 if y <= (box.y0 + box.y1) / 2 else -1.5))
                     moved = True
         for i, upper in enumerate(labels):

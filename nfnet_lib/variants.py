@@ -6,8 +6,8 @@ ViTs: google-research/big_vision `models/vit.py` (shapes), Zhai et al. 2021 (arX
 et al. 2023 (arXiv 2305.13035) Table 1 (counts). Published "GFLOPs" of ViTs are *twice* the MACs.
 
 The `-mini` families are this project's own laptop-scale copies. NFNets: one eighth of the width, group width 16, the same
-depth pattern, block, stem and rules, so that every mechanism of the full family is exercised on a CPU. F0-micro, F0-nano and
-F0-pico are a half, a quarter and an eighth as wide as F0-mini, stem and all, in groups of at least 4 channels: the sizes among
+depth pattern, block, stem and rules, so that every mechanism of the full family is exercised on a CPU. `-micro`, `-nano` and
+`-pico` are a half, a quarter and an eighth as wide as `-mini`, stem and all, in groups of at least 4 channels: the widths among
 which the compute of a laptop chooses (LOG.md). ViTs: 4x4 patches, shapes chosen so that Ti, S, B and L cost the MACs of F0-,
 F1-, F3- and F7-mini at 32 px (within 3%).
 """
@@ -22,7 +22,7 @@ STEM_CHANNELS = (16, 32, 64)
 STEM_STRIDE = 4
 TOTAL_STRIDE = 32
 NARROWER = {"-micro": 2, "-nano": 4, "-pico": 8}
-"""What the widths of F0-mini are divided by."""
+"""What the widths of a `-mini` are divided by."""
 SMALL = ("-pico", "-nano", "-micro", "-mini")
 """How the names of this project's own variants end, narrow to wide."""
 BOTTLENECK_RULES = ("published", "released")
@@ -166,11 +166,11 @@ def _build() -> dict[str, Variant]:
                 32, 40, drop_rate, finetune_px=48, finetune_test_px=56,
             )  # fmt: skip
             variants |= {full.name: full, mini.name: mini}
-    for suffix, divisor in NARROWER.items():
-        mini = variants["F0-mini"]
-        width, stem = (tuple(channels // divisor for channels in each) for each in (mini.width, mini.stem))
-        name, group_width = f"F0{suffix}", max(4, mini.group_width // divisor)
-        variants[name] = dataclasses.replace(mini, name=name, width=width, stem=stem, group_width=group_width)
+    for mini in [variant for name, variant in variants.items() if name.endswith("-mini")]:
+        for suffix, divisor in NARROWER.items():
+            width, stem = (tuple(channels // divisor for channels in each) for each in (mini.width, mini.stem))
+            name, group_width = mini.name.replace("-mini", suffix), max(4, mini.group_width // divisor)
+            variants[name] = dataclasses.replace(mini, name=name, width=width, stem=stem, group_width=group_width)
     return variants
 
 
@@ -205,7 +205,7 @@ def _build_vits() -> dict[str, ViTVariant]:
 
 
 VARIANTS: dict[str, Variant | ViTVariant] = _build() | _build_vits()
-"""All by name: F0 to F7, F0+ to F7+, F0-mini to F7+-mini, F0-micro, F0-nano, F0-pico; Ti/16 to G/14, Ti/4-mini to L/4-mini."""
+"""All by name: F0 to F7, F0+ to F7+, each also as -mini, -micro, -nano, -pico; Ti/16 to G/14, Ti/4-mini to L/4-mini."""
 
 
 def get_variant(name: str) -> Variant | ViTVariant:
@@ -213,5 +213,6 @@ def get_variant(name: str) -> Variant | ViTVariant:
     if name not in VARIANTS:
         near = difflib.get_close_matches(name, VARIANTS, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-        raise ValueError(f"variant: unknown {name!r}; {hint}known: {', '.join(VARIANTS)}")
+        known = ", ".join(name for name in VARIANTS if not name.endswith(tuple(NARROWER)))
+        raise ValueError(f"variant: unknown {name!r}; {hint}known: {known}, and narrower than -mini {', '.join(NARROWER)}")
     return VARIANTS[name]

@@ -123,7 +123,7 @@ def test_counts_at_every_resolution(name, rule):
             assert sum(counts.values()) / 1e9 == pytest.approx(wanted, abs=0.0051)
 
 
-@pytest.mark.parametrize("name", ["F0", "F7", "F3+", "F0-mini", "F2+-mini", "F7+-mini", "F0-pico"])
+@pytest.mark.parametrize("name", ["F0", "F7", "F3+", "F0-mini", "F2+-mini", "F7+-mini", "F0-pico", "F3+-nano"])
 @pytest.mark.parametrize("rule", ["published", "released"])
 def test_counts_are_those_of_the_parameters(name, rule):
     model = models.create(name, 17, bottleneck_rule=rule)
@@ -137,11 +137,13 @@ def test_narrower_networks_are_the_mini_with_all_channels_divided():
         paths = {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
         return {path: shape[-1] for path, shape in paths.items() if path.endswith("['w']") and "head" not in path}
 
-    wide = outputs("F0-mini")
-    assert len(wide) > 40
-    for name, divisor in (("F0-micro", 2), ("F0-nano", 4), ("F0-pico", 8)):
-        assert {path: divisor * size for path, size in outputs(name).items()} == wide
-        assert get_variant(name).resolution_multiple == 8
+    for depth in ("F0", "F3+"):
+        wide = outputs(f"{depth}-mini")
+        assert len(wide) > 40
+        for width, divisor in (("micro", 2), ("nano", 4), ("pico", 8)):
+            name = f"{depth}-{width}"
+            assert {path: divisor * size for path, size in outputs(name).items()} == wide
+            assert get_variant(name).resolution_multiple == 8 and get_variant(name).blocks == get_variant(depth).blocks
 
 
 def test_unroll_changes_neither_layout_nor_result():

@@ -180,8 +180,9 @@ def test_no_two_vits_or_laptop_networks_share_a_colour():
     names = [name for name, variant in VARIANTS.items() if variant.family == "ViT" and not name.endswith("-mini")]
     assert len({str(plots.variant_style(name)["color"]) for name in names}) == len(names) > 5
 
-    laptop = ("F0-pico", "F0-nano", "F0-micro", "F0-mini", "F1-mini", "F3-mini", "F3+-mini")
-    assert len({str(plots.variant_style(name)["color"]) for name in laptop}) == 7
+    for width in ("mini", "nano"):
+        laptop = ("F0-pico", "F0-nano", "F0-micro", "F0-mini", f"F1-{width}", f"F3-{width}", f"F3+-{width}")
+        assert len({str(plots.variant_style(name)["color"]) for name in laptop}) == 7
 
 
 def test_labels_stay_off_the_markers_of_others():
