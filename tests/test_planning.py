@@ -144,6 +144,7 @@ def test_the_explorer_follows_its_controls_and_shows_what_is_wrong():
     )
     (top, shown) = widget.children
     controls = {control.description: control for control in top.children[1].children}
+    assert not [name for name in top.children[0].options if "-" in name], "full sizes only"
     assert "F0" in shown.value and "predicted loss" in shown.value
     before = shown.value
     controls["core-hours"].value = 1e6
