@@ -27,7 +27,7 @@ JAX_MODULES = {
     *("nfnet", "convolution", "remat", "vit", "models", "pretrained", "big_vision", "weights", "predict"),
     *("agc", "sam", "optim", "losses", "step", "train", "checkpoint", "plan"),
     *("loader", "program", "dedup", "finetune", "distributed", "sharding", "provenance", "selection", "evaluate", "profiling"),
-    *("stopping", "program_store"),
+    *("stopping", "program_store", "compiler"),
 }
 
 
