@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import synthetic
 
-from nfnet_lib import PROJECT, program, records, sources, train
+from nfnet_lib import PROJECT, loader, program, records, sources, train
 from nfnet_lib.checkpoint import Checkpoints, not_finite
 from nfnet_lib.config import ConfigError, PretrainConfig
 from nfnet_lib.data import Quarantine
@@ -455,6 +455,7 @@ def test_slow_data_change_no_number_and_are_recorded(made, tmp_path, monkeypatch
         return original(self, ids)
 
     monkeypatch.setattr(sources.FractalSource, "batch", batch)
+    monkeypatch.setattr(loader, "TOGETHER", (1, 1))  # or all would be read while the step is compiled
     summary = run(config, tmp_path / "run", progress=False)
     assert summary["data_wait_seconds"] > 1 + read_summary(whole)["data_wait_seconds"]
     assert results(tmp_path / "run") == results(whole)
