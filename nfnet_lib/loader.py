@@ -111,8 +111,8 @@ def train_batches(
     reader = _Reader(source, on_bad, normalise_labels)
     chunk = max(2, CHUNK // augmult // 2 * 2)  # even: pairs that are mixed are made together
 
-    together = min(TOGETHER[0], TOGETHER[1] // (resolution**2 * 3))
-    many = max(1, together // (share * augmult))  # batches
+    most, size = TOGETHER
+    many = max(1, min(most, size // (resolution**2 * 3)) // (share * augmult))  # batches
 
     def jobs() -> Iterator[_Job]:
         position = start

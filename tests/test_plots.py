@@ -198,6 +198,26 @@ def test_labels_stay_off_the_markers_of_others():
     assert box.x0 < x < box.x1 and not box.y0 - 3 < y < box.y1 + 3
 
 
+def test_labels_stay_off_markers_at_their_ends():
+    @plots.figure_function
+    def drawn(x):
+        figure, axes = plots.new_figure()
+        axes.set(xlim=(0, 10), ylim=(0, 10))
+        axes.plot([1, x], [5, 5], linestyle="", marker="o", markersize=8)
+        plots.label_point(axes, "F0-pico", 1, 5, "black")
+        return figure
+
+    def extent(figure):
+        (label,) = _labels(figure.axes[0])
+        return label.get_window_extent()
+
+    figure = drawn(9)
+    x, _ = figure.axes[0].transData.inverted().transform((extent(figure).x1 + 4, 0))  # half of the marker is beside it
+    figure = drawn(x)
+    box, (_, y) = extent(figure), figure.axes[0].transData.transform((x, 5))
+    assert not box.y0 - 3 < y < box.y1 + 3
+
+
 def test_the_note_is_on_the_figure_and_global_settings_are_untouched(result):
     before = dict(mpl.rcParams)
     figure = plots.figure2(result, note="two laptops")
