@@ -18,6 +18,9 @@ from jaxtyping import Array, Float
 # Of a convolution: one a group; patches times a matrix; XLA's own, which may be grouped; the last but for 1x1 ones.
 FORMS = ("split", "patches", "lax", "pointwise")
 
+FLOOR = 1e-4  # of an output unit's variance times its fan-in (nfnets/base.py WSConv2D)
+LARGE = 2**20  # bytes of weights that a core's cache does not hold beside all else
+
 _BACKEND: contextvars.ContextVar[str] = contextvars.ContextVar("backend", default="")
 _FORM: contextvars.ContextVar[str] = contextvars.ContextVar("form", default="")
 
@@ -52,7 +55,7 @@ def backend() -> str:
 def standardise_weight(w: Float[Array, "*D H W I O"], gain: Float[Array, "*D O"]) -> Float[Array, "*D H W I O"]:
     """Scaled weight standardisation: each output unit's fan-in gets mean 0 and variance gain^2 / fan_in.
 
-    The variance is floored so that variance * fan_in >= 1e-4 (nfnets/base.py WSConv2D). D: blocks, each by itself.
+    The variance is floored so that variance * fan_in >= FLOOR. D: blocks, each by itself.
     """
     flat = w.astype(jnp.float32).reshape(*w.shape[:-4], -1, w.shape[-1])
     return _standardise(flat, gain[..., None, :]).reshape(w.shape)
@@ -64,17 +67,22 @@ def _standardise(w: Float[Array, "*D F O"], gain: Float[Array, "*D 1 O"]) -> Flo
 
 
 def _standardise_forward(w, gain):
-    mean = _fan_in_sums(w) / w.shape[-2]
-    squares = _fan_in_sums((w - mean) ** 2)
-    scale = jax.lax.rsqrt(jnp.maximum(squares, 1e-4))
+    mean, squares = _moments(w)
+    scale = jax.lax.rsqrt(jnp.maximum(squares, FLOOR))
     return (w - mean) * (scale * gain), (w, gain, mean, squares, scale)
+
+
+def _moments(w: Float[Array, "*D F O"]) -> tuple[Float[Array, "*D 1 O"], Float[Array, "*D 1 O"]]:
+    """Mean over the fan-in, and the sum of squared deviations from it."""
+    mean = _fan_in_sums(w) / w.shape[-2]
+    return mean, _fan_in_sums((w - mean) ** 2)
 
 
 def _standardise_backward(residuals, slope):
     """In closed form: autodiff's passes over all weights are twice as many (LOG.md)."""
     w, gain, mean, squares, scale = residuals
     along = _fan_in_sums(slope * (w - mean)) * scale
-    shrink = jnp.where(squares > 1e-4, along * scale * scale, 0)  # nothing where the variance is at its floor
+    shrink = jnp.where(squares > FLOOR, along * scale * scale, 0)  # nothing where the variance is at its floor
     return (scale * gain) * (slope - _fan_in_sums(slope) / w.shape[-2]) - (w - mean) * (gain * shrink), along
 
 
@@ -106,6 +114,51 @@ def _fan_in_sums(x: Float[Array, "*D F O"]) -> Float[Array, "*D 1 O"]:
     count = next(count for count in (8, 9, 3, 1) if fan_in % count == 0)
     parts = jax.lax.split(x, [fan_in // count] * count, axis=x.ndim - 2)
     return jnp.ones((*lead, 1, fan_in // count), x.dtype) @ sum(parts)
+
+
+def standardised_convolve(
+    xs: tuple[Float[Array, "B _ _ I"], ...], w: Float[Array, "KH KW IG O"], gain: Float[Array, " O"], stride: int, groups: int
+) -> tuple[Float[Array, "B _ _ O"], ...]:
+    """`convolve` of each x, the first the largest, with `standardise_weight` of w in x's type.
+
+    Large float32 weights of small maps are standardised after the product, but for gradients and where a form is set.
+    """
+    x = xs[0]
+    if w.nbytes >= LARGE and w.size > x.size and x.dtype == w.dtype and not _FORM.get():
+        return _convolve_and_standardise(xs, w, gain, stride, groups)
+    return _standardise_and_convolve(xs, w, gain, stride, groups)
+
+
+def _standardise_and_convolve(xs, w, gain, stride, groups):
+    with jax.named_scope("weights"):
+        w = standardise_weight(w, gain).astype(xs[0].dtype)
+    return tuple(convolve(x, w, stride, groups) for x in xs)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _convolve_and_standardise(xs, w, gain, stride, groups):
+    """(x * w - (x * 1) mean) scale: w is read, but not written again.
+
+    Rounding grows with a unit's mean over its deviation; gradients sum to 0 over the fan-in, so training leaves the mean alone.
+    """
+    with jax.named_scope("weights"):
+        mean, squares = _moments(w.reshape(-1, w.shape[-1]))
+        scale = jax.lax.rsqrt(jnp.maximum(squares, FLOOR)) * gain
+    ones = jnp.ones((*w.shape[:2], 1, groups), w.dtype)
+    outs = []
+    for x in xs:
+        out = convolve(x, w, stride, groups)
+        sums = patches_convolve(x.reshape(*x.shape[:3], groups, -1).sum(-1), ones, stride, groups)
+        shift = sums[..., None] * mean.reshape(groups, -1)
+        outs.append((out - shift.reshape(out.shape)) * scale[0])
+    return tuple(outs)
+
+
+# Gradients read standardised weights; without them they are no sooner there (LOG.md).
+_convolve_and_standardise.defvjp(
+    lambda xs, w, gain, *static: jax.vjp(lambda *inputs: _standardise_and_convolve(*inputs, *static), xs, w, gain),
+    lambda stride, groups, pull, slopes: pull(slopes),
+)
 
 
 def convolve(

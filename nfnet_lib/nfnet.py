@@ -26,7 +26,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
-from nfnet_lib.convolution import average_pool, backend, convolve, packed_padding, packed_weights, standardise_weight
+from nfnet_lib.convolution import average_pool, backend, convolve, packed_padding, packed_weights, standardised_convolve
 from nfnet_lib.kept import KEPT, by_stage
 from nfnet_lib.remat import gradients_together, on_this_backend, rematerialised, scan_recomputing
 from nfnet_lib.variants import ALPHA, STAGE_STRIDES, Variant
@@ -88,15 +88,18 @@ class ScaledWSConv(nnx.Module):
         self.stride, self.groups = stride, groups
 
     def weights(self, dtype) -> Float[Array, "K K IG O"]:
-        """Standardised, in this type."""
-        w = self.w[...]
-        if not standardised_before():
-            with jax.named_scope("weights"):
-                w = standardise_weight(w, self.gain[...])
-        return w.astype(dtype)
+        """As they are given, which is standardised (`standardised_before`), in this type."""
+        return self.w[...].astype(dtype)
+
+    def products(self, *xs: Float[Array, "B _ _ I"]) -> tuple[Float[Array, "B _ _ O"], ...]:
+        """Each of xs convolved with the weights, which are standardised once for all; no bias."""
+        if standardised_before():
+            w = self.weights(xs[0].dtype)
+            return tuple(convolve(x, w, self.stride, self.groups) for x in xs)
+        return standardised_convolve(xs, self.w[...], self.gain[...], self.stride, self.groups)
 
     def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B H2 W2 O"]:
-        return convolve(x, self.weights(x.dtype), self.stride, self.groups) + self.bias[...].astype(x.dtype)
+        return self.products(x)[0] + self.bias[...].astype(x.dtype)
 
     def by_group(self, x: Float[Array, "B H W I"], groups: int) -> Float[Array, "B H W G O"]:
         """A 1x1 convolution whose output's channels lie in groups."""
@@ -172,7 +175,9 @@ class Block(nnx.Module):
         x = self.leave(shortcut, out, pooled, drop_mask)
         if not signals:
             return x, None
-        branch = self.conv2(activation(out)) * self.gate(pooled, self.conv2.weights(out.dtype))[:, None, None]
+        (branch,) = self.conv2.products(activation(out))
+        gate = self.gate(branch.mean((1, 2)))[:, None, None]
+        branch = (branch + self.conv2.bias[...].astype(out.dtype)) * gate
         return x, signal_figures(x, jnp.mean(jnp.var(branch, axis=(0, 1, 2))))
 
     def enter(self, x: Float[Array, "B H W I"], beta: float | Float[Array, ""]) -> tuple[Array, Array]:
@@ -195,26 +200,31 @@ class Block(nnx.Module):
         """Spatial mean of the input of the last 1x1 convolution."""
         return activation(out).mean((1, 2))
 
-    def gate(self, pooled: Float[Array, "B N"], w: Float[Array, "1 1 N O"]) -> Float[Array, "B O"]:
-        """What squeeze-excite multiplies the branch with; w: of the last convolution.
-
-        The mean of a 1x1 convolution is that of its input, convolved.
-        """
-        return self.squeeze_excite(pooled @ w[0, 0] + self.conv2.bias[...].astype(pooled.dtype)) * 2
+    def gate(self, mean: Float[Array, "B O"]) -> Float[Array, "B O"]:
+        """What squeeze-excite multiplies the branch with. mean: over the last convolution's positions, without its bias."""
+        return self.squeeze_excite(mean + self.conv2.bias[...].astype(mean.dtype)) * 2
 
     def leave(
         self, shortcut: Float[Array, "B H2 W2 O"], out: Float[Array, "B H2 W2 N"], pooled: Float[Array, "B N"],
         drop_mask: Float[Array, "B 1 1 1"] | None,
     ) -> Float[Array, "B H2 W2 O"]:  # fmt: skip
-        """The branch's last convolution, gated, on top of the shortcut: one pass over the map, all factors in one."""
-        w = self.conv2.weights(out.dtype)
-        if backend() == "tpu":
-            shortcut, w = gradients_together(shortcut, w)
-        scale = self.gate(pooled, w) * (ALPHA * self.skip_gain[...]).astype(out.dtype)
+        """The branch's last convolution, gated, on top of the shortcut: one pass over the map, all factors in one.
+
+        The mean of a 1x1 convolution is that of its input, convolved.
+        """
+        if standardised_before():
+            w = self.conv2.weights(out.dtype)
+            if backend() == "tpu":
+                shortcut, w = gradients_together(shortcut, w)
+            branch, mean = convolve(activation(out), w, 1, 1), pooled @ w[0, 0]
+        else:
+            branch, mean = self.conv2.products(activation(out), pooled[:, None, None])
+            mean = mean[:, 0, 0]
+        scale = self.gate(mean) * (ALPHA * self.skip_gain[...]).astype(out.dtype)
         if drop_mask is not None:
             scale = scale * drop_mask[:, 0, 0].astype(out.dtype)
         scale = scale[:, None, None]
-        return shortcut + convolve(activation(out), w, 1, 1) * scale + self.conv2.bias[...].astype(out.dtype) * scale
+        return shortcut + branch * scale + self.conv2.bias[...].astype(out.dtype) * scale
 
 
 class Stage(nnx.Module):

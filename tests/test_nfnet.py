@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from released import released_norms, rule_params
 
-from nfnet_lib import flops, models
+from nfnet_lib import convolution, flops, models
 from nfnet_lib.convolution import (
     average_pool,
     convolve,
@@ -22,6 +22,7 @@ from nfnet_lib.convolution import (
     patches_convolve,
     standardise_weight,
     standardised,
+    standardised_convolve,
     using,
 )
 from nfnet_lib.losses import softmax_cross_entropy
@@ -213,6 +214,32 @@ def test_standardisation_has_the_gradient_that_autodiff_finds(backend):
     theirs, pull = jax.vjp(formula, w, gain)
     for own, other in zip(ours, (theirs, *pull(slope)), strict=True):
         np.testing.assert_allclose(own, other, rtol=1e-4, atol=1e-4 * float(jnp.abs(other).max()))
+
+
+@pytest.mark.parametrize("size,stride,groups,kernel", [(5, 1, 1, 1), (5, 1, 2, 3), (6, 2, 4, 3), (1, 1, 2, 3), (4, 2, 1, 3)])
+def test_large_weights_are_standardised_after_the_product(size, stride, groups, kernel, monkeypatch):
+    """The same values and gradients; what is not differentiated never has standardised weights."""
+    rng = np.random.default_rng(size)
+    xs = [jnp.asarray(rng.normal(0.3, 1, (2, side, side, 8)), jnp.float32) for side in (size, 1)]
+    w = jnp.asarray(rng.normal(0.5, 1, (kernel, kernel, 8 // groups, 100)), jnp.float32).at[..., 3].set(0)
+    gain = jnp.asarray(rng.normal(1, 0.5, 100), jnp.float32)
+
+    def loss(outs):
+        return sum(jnp.sum(jnp.sin(out)) for out in outs)
+
+    def plain(xs, w, gain):
+        return [convolve(x, standardise_weight(w, gain), stride, groups) for x in xs]
+
+    def after(xs, w, gain):
+        return standardised_convolve(tuple(xs), w, gain, stride, groups)
+
+    monkeypatch.setattr(convolution, "LARGE", 0)
+    slopes = [jax.jit(jax.grad(lambda *a, f=f: loss(f(*a)), argnums=(0, 1, 2)))(xs, w, gain) for f in (after, plain)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *slopes)
+    wanted = plain(xs, w, gain)
+    monkeypatch.delattr(convolution, "standardise_weight")
+    for own, other in zip(after(xs, w, gain), wanted, strict=True):
+        np.testing.assert_allclose(own, other, rtol=1e-5, atol=1e-5)
 
 
 def test_average_pool_counts_only_pixels_that_exist():
