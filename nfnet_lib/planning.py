@@ -64,7 +64,7 @@ def best_within(
     largest = able["train_flops"].max()
     if result is None:
         return able.loc[able["train_flops"].idxmax()]
-    near = able[able["train_flops"] >= largest / 2]
+    near = able[able["train_flops"] >= largest / 2].sort_values("train_flops", ascending=False)  # of two of a size the dearer
     sizes = near["variant"].map(lambda name: num_params(get_variant(name), 1000))
     return near.loc[np.log(sizes / compute_optimal(result, largest)[0]).abs().idxmin()]
 
@@ -115,7 +115,7 @@ def costs(plans: "pd.DataFrame", core_hours: float | int | None = None, note: st
     if core_hours is not None:
         axes.axhline(core_hours, color="0.4", linewidth=1, linestyle=(0, (1, 2)))
         axes.annotate("budget", (0, core_hours), xycoords=("axes fraction", "data"), xytext=(4, 3),
-                      textcoords="offset points", fontsize=9.5, color="0.4")  # fmt: skip
+                      textcoords="offset points", fontsize=9.5, color="0.4", annotation_clip=True)  # fmt: skip
     axes.set(xlabel="epochs", ylabel="TPU core-hours of a run")
     return figure
 

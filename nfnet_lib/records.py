@@ -228,7 +228,32 @@ def _flatten(mapping: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", json.dumps(value) if isinstance(value, list) else value
 
 
-def collect(path: str | os.PathLike, damaged: str = "raise") -> "pd.DataFrame":
+def diverged(run_dir: Path) -> bool:
+    """Whether a run has no summary because its loss was not finite any more: a learning rate that was tried and is too high."""
+    try:
+        return not (run_dir / SUMMARY).exists() and json.loads((run_dir / FAILURE).read_text()).get("diverged") is True
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _diverged_row(run_dir: Path, root: Path) -> dict | None:
+    """A row of `collect` for a run of pre-training that diverged; None for any other."""
+    from nfnet_lib import flops
+    from nfnet_lib.config import config_from_params
+
+    if not diverged(run_dir):
+        return None
+    try:
+        config = config_from_params(json.loads((run_dir / PARAMS).read_text(encoding="utf-8")))
+    except (OSError, ValueError):  # ConfigError is one
+        return None
+    if config.kind != "pretrain":
+        return None
+    row = {"run_id": config.run_id, "status": "diverged", "heldout_loss": math.nan, "train_flops": flops.run_flops(config)}
+    return row | dict(_flatten(config.model_dump(mode="json"))) | {"path": run_dir.relative_to(root).as_posix()}
+
+
+def collect(path: str | os.PathLike, damaged: str = "raise", *, with_diverged: bool = False) -> "pd.DataFrame":
     """All finished runs at or up to two folders below `path`, one row each.
 
     Columns: first run_id, kind ("pretrain" or "finetune"), variant, epoch_budget (passes over the data), peak_lr, seed,
@@ -240,9 +265,11 @@ def collect(path: str | os.PathLike, damaged: str = "raise") -> "pd.DataFrame":
     alphabetic order; last `path`, the run folder relative to the argument. Counts are int64 (Int64 where some runs lack
     them), measures float64. Rows are sorted by kind, variant, epoch_budget, peak_lr, run_id.
 
-    Unfinished and failed runs are left out: see status.py. A summary.json that is there but damaged, of another
-    schema or contradictory is an error (RecordError naming the file); with damaged="skip" it is left out and named in
-    one warning. Summaries are replaced atomically, so a damaged one was harmed from outside.
+    Unfinished and failed runs are left out: see status.py. with_diverged: but for those of pre-training that diverged, whose
+    status says so, heldout_loss is NaN and what was measured is missing: a rate next to the best that is too high. A
+    summary.json that is there but damaged, of another schema or contradictory is an error (RecordError naming the file); with
+    damaged="skip" it is left out and named in one warning. Summaries are replaced atomically, so a damaged one was harmed from
+    outside.
     Raises FileNotFoundError where `path` is no folder. No finished run gives an empty table with the leading columns.
     """
     import pandas as pd
@@ -253,6 +280,8 @@ def collect(path: str | os.PathLike, damaged: str = "raise") -> "pd.DataFrame":
     rows, problems = [], []
     for folder in run_folders(root):
         if not (folder / SUMMARY).is_file():
+            if with_diverged and (row := _diverged_row(folder, root)):
+                rows.append(row)
             continue
         try:
             rows.append(_flat_row(folder, root))
@@ -295,6 +324,11 @@ def scale(runs: "pd.DataFrame | Mapping[str, Any]") -> str:
     return ", ".join(sorted(found)) or "laptop scale"
 
 
+def capitalised(text: str) -> str:
+    """As a sentence begins."""
+    return text[:1].upper() + text[1:]
+
+
 def headline(summary: Mapping[str, Any]) -> "pd.DataFrame":
     """The figures of one run that a reader looks for first, as a one-column table."""
     import pandas as pd
@@ -318,9 +352,10 @@ def headline(summary: Mapping[str, Any]) -> "pd.DataFrame":
 def sentence(summary: Mapping[str, Any]) -> str:
     """One run in one sentence, from its numbers."""
     config = summary["config"]
+    devices = capitalised(scale(summary))
     did = "pre-trained" if summary["kind"] == "pretrain" else "fine-tuned"
     return (
         f"{config['variant']} {did} on {config['dataset']} for {counted(config['epoch_budget'], 'epoch')} of "
         f"{config['examples_per_epoch']:,} images: held-out loss {summary['heldout_loss']:.3f}, "
-        f"top-1 {summary['heldout_top1']:.1%}, at {summary['train_flops']:.2g} training FLOPs. Laptop scale."
+        f"top-1 {summary['heldout_top1']:.1%}, at {summary['train_flops']:.2g} training FLOPs. {devices}."
     )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from nfnet_lib import PROJECT, paper
 from nfnet_lib.files import write_json
 from nfnet_lib.locks import exclusive
-from nfnet_lib.records import FAILURE, RecordError, collect, counted, scale
+from nfnet_lib.records import FAILURE, RecordError, collect, counted, diverged, scale
 from nfnet_lib.report_pages import finish_site, write_source
 from nfnet_lib.status import failure_message
 
@@ -26,7 +26,9 @@ PUBLISHED = PROJECT / "outputs" / "published"
 
 
 def open_study(study_dir: str = "") -> tuple["pd.DataFrame", Path]:
-    """(records, folder for figures) of a study; "" means outputs/laptop, or the published results where it has no runs.
+    """(records, diverged rates with them, folder for figures) of a study.
+
+    study_dir: "" means outputs/laptop, or the published results where it has no runs.
 
     Relative folders are taken from the checkout. FileNotFoundError says how to make records where there are none.
     """
@@ -34,7 +36,7 @@ def open_study(study_dir: str = "") -> tuple["pd.DataFrame", Path]:
 
     folder = PROJECT / (study_dir or "outputs/laptop")
     if any(folder.glob("*/summary.json")):
-        return collect(folder), folder / "figures"
+        return collect(folder, with_diverged=True), folder / "figures"
     if not study_dir and (PUBLISHED / "results.csv").exists():
         return pd.read_csv(PUBLISHED / "results.csv"), PROJECT / "outputs" / "by_hand" / "figures"
     raise FileNotFoundError(f"{study_dir or 'outputs/laptop'} holds no finished runs; `make reproduce` makes them")
@@ -124,8 +126,10 @@ def provenance(records: "pd.DataFrame") -> "pd.DataFrame":
         values = sorted({str(v) for v in records[column].dropna()}) if column in records else []
         return ", ".join(values) or "not recorded"
 
+    lost = int(records["heldout_loss"].isna().sum())
+    unfinished = f" ({lost} diverged)" if lost else ""
     rows = {
-        "runs": f"{(records['kind'] == 'pretrain').sum()} of pre-training, "
+        "runs": f"{(records['kind'] == 'pretrain').sum()} of pre-training{unfinished}, "
         f"{(records['kind'] == 'finetune').sum()} of fine-tuning",
         "commit": several("git_commit"),
         "tracked files modified": several("git_dirty"),
@@ -168,7 +172,7 @@ def comparison(records: "pd.DataFrame") -> "pd.DataFrame":
 
 
 def run_table(study_dir: Path) -> "pd.DataFrame":
-    """Every run of a study with its state: finished ones from their records, failed ones with their error."""
+    """Every run of a study with its state: finished ones from their records, diverged rates, failed ones with their error."""
     import pandas as pd
 
     records = collect(study_dir)
@@ -185,7 +189,10 @@ def run_table(study_dir: Path) -> "pd.DataFrame":
     ]
     table = records.reindex(columns=columns).assign(state="done")  # no run may be done
     failed = [
-        {"run_id": path.parent.name, "state": f"failed: {failure_message(path)}"}
+        {
+            "run_id": path.parent.name,
+            "state": "diverged" if diverged(path.parent) else f"failed: {failure_message(path)}",
+        }
         for path in sorted(study_dir.glob(f"*/{FAILURE}"))
         if path.parent.name not in set(table["run_id"])
     ]
@@ -251,7 +258,7 @@ NOT_REPRODUCED = (
 
 def front_page(study_dir: Path) -> str:
     """The first page in Markdown: question, answer, figures beside the paper's claims, what is missing, provenance."""
-    records = collect(study_dir)
+    records = collect(study_dir, with_diverged=True)
     lines = [
         "# ConvNets at scale: a reproduction report", "",
         f"The open companion to *ConvNets Match Vision Transformers at Scale* (arXiv 2310.16764), at {_scale(records)}.", "",
@@ -272,7 +279,7 @@ def front_page(study_dir: Path) -> str:
     if table:
         lines += ["", "## Paper and ours", "", table]
     lines += ["", "## Not reproduced", "", *(f"- {text}" for text in NOT_REPRODUCED)]
-    failed = run_table(study_dir).query("state != 'done'")
+    failed = run_table(study_dir).query("state.str.startswith('failed')")
     lines += [f"- {len(failed)} of this study's cells failed: see [every run](runs.md)."] if len(failed) else []
     if len(records):
         lines += ["", "## Where the numbers come from", "", _markdown(provenance(records))]

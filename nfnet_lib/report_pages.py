@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nfnet_lib import PROJECT
-from nfnet_lib.records import collect
+from nfnet_lib.records import capitalised, collect, scale
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,7 +25,7 @@ def write_source(study_dir: Path, source: Path, front: str, table: "pd.DataFrame
     (source / "runs").mkdir(parents=True)
     pages = _copy_pages(study_dir, source)
     runs = _copy_runs(study_dir, source)
-    (source / "runs.md").write_text(_runs_page(table, runs))
+    (source / "runs.md").write_text(_runs_page(table, runs, capitalised(scale(collect(study_dir)))))
     for picture in (study_dir / "figures").glob("*.png"):
         if f"]({picture.name})" in front:
             shutil.copy(picture, source / picture.name)
@@ -110,11 +110,11 @@ def _write_clean(path: Path, target: Path, study_dir: Path, title: str | None = 
     target.write_text(json.dumps(notebook))
 
 
-def _runs_page(table: "pd.DataFrame", pages: dict[str, str]) -> str:
+def _runs_page(table: "pd.DataFrame", pages: dict[str, str], devices: str) -> str:
     lines = [
         "# Every run",
         "",
-        "Laptop scale. A run is linked to the executed notebook that made it. A click on a column's head sorts by it.",
+        f"{devices}. A run is linked to the executed notebook that made it. A click on a column's head sorts by it.",
         "",
     ]
     names = [c for c in table.columns if c != "run_id"]

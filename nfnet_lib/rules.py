@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from nfnet_lib.scaling import CELL, _require, best_per_cell, frontier, losses_by_rate, pretraining, variant_order
+from nfnet_lib.scaling import (
+    CELL,
+    _require,
+    best_per_cell,
+    family_of,
+    frontier,
+    losses_by_rate,
+    pretraining,
+    variant_order,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -159,23 +168,27 @@ def two_trials(runs: "pd.DataFrame", loss: str = "heldout_loss", size_column: st
 
     Columns: variant, epoch_budget, best_lr (of all tried), proposed (two rates), tried (those of them that the study ran),
     found (the best rate is among them), excess (loss of the better proposed one over the best's, relative; infinite where each
-    of them that was run diverged, NaN where neither was run). Cells in which every rate diverged are left out. ValueError for
-    runs at a single rate.
+    of them that was run diverged, NaN where neither was run). A cell's proposals come from cells and rates of its family. Cells
+    in which every rate diverged, or none but the proposed ones was tried, are left out. ValueError for runs at a single rate.
     """
     import pandas as pd
 
     cells = best_per_cell(runs, loss=loss).dropna(subset="best_lr").sort_values("train_flops", ignore_index=True)
     _require(cells, [size_column], "runs")
     own = pretraining(runs)
-    grid = sorted(own["peak_lr"].unique())
-    if len(grid) < 2:
-        raise ValueError(f"runs: {len(grid)} learning rate; the rule of two trials needs 2 or more")
+    if (found := own["peak_lr"].nunique()) < 2:
+        raise ValueError(f"runs: {found} learning rate; the rule of two trials needs 2 or more")
     rows = []
-    for index, cell in cells.iloc[1:].iterrows():
-        proposed = propose_lr(cells.iloc[:index], cell[size_column], cell["epoch_budget"], grid, size_column)
-        here = own[(own["variant"] == cell["variant"]) & (own["epoch_budget"] == cell["epoch_budget"])]
-        losses = losses_by_rate(here[here["peak_lr"].isin(proposed)], loss)
-        rows.append({"variant": cell["variant"], "epoch_budget": cell["epoch_budget"], "best_lr": cell["best_lr"],
-                     "proposed": proposed, "tried": tuple(losses.index), "found": cell["best_lr"] in proposed,
-                     "excess": losses.min() / cell[loss] - 1 if len(losses) else np.nan})  # fmt: skip
+    for _, alike in cells.groupby(cells["variant"].map(family_of)):  # in the order of their compute
+        grid = sorted(own.loc[own["variant"].isin(alike["variant"]), "peak_lr"].unique())
+        for place in range(1, len(alike)) if len(grid) > 1 else ():
+            cell = alike.iloc[place]
+            proposed = propose_lr(alike.iloc[:place], cell[size_column], cell["epoch_budget"], grid, size_column)
+            here = own[(own["variant"] == cell["variant"]) & (own["epoch_budget"] == cell["epoch_budget"])]
+            if set(here["peak_lr"]) <= set(proposed):
+                continue
+            losses = losses_by_rate(here[here["peak_lr"].isin(proposed)], loss)
+            rows.append({"variant": cell["variant"], "epoch_budget": cell["epoch_budget"], "best_lr": cell["best_lr"],
+                         "proposed": proposed, "tried": tuple(losses.index), "found": cell["best_lr"] in proposed,
+                         "excess": losses.min() / cell[loss] - 1 if len(losses) else np.nan})  # fmt: skip
     return pd.DataFrame(rows, columns=TRIAL_COLUMNS)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nfnet_lib.config import PretrainConfig
 from nfnet_lib.law_fits import LawFit, fit_law
 from nfnet_lib.power_law import (
     ExponentInterval,
@@ -28,7 +29,7 @@ from nfnet_lib.power_law import (
     frontier,
 )
 from nfnet_lib.records import counted
-from nfnet_lib.variants import SMALL
+from nfnet_lib.variants import SMALL, get_variant
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,9 +54,10 @@ __all__ = [
 
 _VITS = ("Ti", "S", "B", "L", "So400m", "g", "G")
 CELL = ("variant", "epoch_budget")
-_RECIPE = ("dataset", "num_classes", "examples_per_epoch", "resolution", "eval_resolution", "batch_size", "optimizer",
-           "momentum", "weight_decay", "agc_clip", "agc_eps", "warmup_fraction", "label_smoothing",
-           "bottleneck_rule")  # fmt: skip
+# In what runs of one cell and rate may differ: the seed, and what changes how a run is made but not what comes out.
+_NOT_RECIPE = {*CELL, "kind", "peak_lr", "seed", "data_dir", "sharding", "remat", "unroll", "loader_workers", "on_bad",
+               "max_bad_fraction", "checkpoints", "log_points"}  # fmt: skip
+_RECIPE = tuple(name for name in PretrainConfig.model_fields if name not in _NOT_RECIPE)
 _PER_CELL = ("num_params", "forward_macs", "images_seen", "tpu_v4_core_hours", "core_hours", "seconds")
 
 
@@ -76,6 +78,14 @@ def variant_order(names: Iterable[str]) -> list[str]:
         return (1, _VITS.index(size), "", 0, name) if size in _VITS else (2, 0, "", 0, name)
 
     return sorted(set(names), key=key)
+
+
+def family_of(variant: str) -> str:
+    """Of a variant; "other" of one that is not known here."""
+    try:
+        return get_variant(variant).family
+    except ValueError:
+        return "other"
 
 
 def cell_names(cells: "pd.DataFrame") -> str:
@@ -186,7 +196,8 @@ def best_lr_trend(cells: "pd.DataFrame", lr: str = "best_lr", size: str = "num_p
         cells: table of `best_per_cell`; lr: its column to follow, best_lr or interpolated_lr; size: its column of size.
 
     Returns one row a variant (slope_epochs: doublings of the rate per doubling of the epochs, NaN with one budget) and,
-    with two variants or more and the column `size`, a last row "all" with slope_epochs and slope_size fitted jointly.
+    with two variants or more and the column `size`, a last row "all" with slope_epochs and slope_size fitted jointly; of
+    several families a row each ("all NFNets"), since their optimizers' rates can't be compared.
     Columns: variant, num_cells, num_edge (optima at the edge of their grid), lr_shortest, lr_longest, slope_epochs,
     slope_size.
     """
@@ -212,8 +223,10 @@ def best_lr_trend(cells: "pd.DataFrame", lr: str = "best_lr", size: str = "num_p
                 "slope_epochs": slopes[0], "slope_size": slopes[1]}  # fmt: skip
 
     rows = [row(name, cells[cells["variant"] == name], with_size=False) for name in variant_order(cells["variant"])]
-    if len(rows) > 1 and size in cells:
-        rows.append(row("all", cells, with_size=True))
+    families = cells["variant"].map(family_of)
+    for family, part in cells.groupby(families, sort=True) if size in cells else ():
+        if part["variant"].nunique() > 1:
+            rows.append(row("all" if families.nunique() == 1 else f"all {family}s", part, with_size=True))
     return pd.DataFrame(rows)
 
 
@@ -301,12 +314,14 @@ def frontier_analysis(
     cells = cells.assign(on_frontier=on_frontier, in_fit=on_frontier & (np.cumsum(on_frontier) > skip))
     fitted = cells[cells["in_fit"]]
     xy = fitted[compute].to_numpy(dtype=float), fitted[loss].to_numpy(dtype=float)
+    alone, interval = cells.groupby("variant").size() == 1, None
     try:
+        if alone.all():
+            raise ValueError("every variant has a single cell, which every resample would keep")
         interval = bootstrap_exponent(cells, resamples, seed, compute=compute, loss=loss, skip=skip)
     except ValueError as error:
-        interval = None
         notes.append(f"No bootstrap interval: {error}.")
-    if (cells.groupby("variant").size() == 1).any():
+    if interval and alone.any():
         notes.append(
             "Some variants have a single cell, which every resample keeps: the bootstrap interval is too narrow."
         )

@@ -105,7 +105,7 @@ def _graph(study: StudyConfig, study_dir: Path) -> list[Step]:
     steps += [*tuned[:2], *(_analysis_step(study, study_dir, name, pretraining) for name in early), *tuned[2:]]
 
     def table() -> None:
-        results_csv(collect(study_dir), study_dir / "results.csv")
+        results_csv(collect(study_dir, with_diverged=True), study_dir / "results.csv")
 
     steps.append(Step("results.csv", runs, table, lambda *_: ""))
     late = [name for name in study.notebooks if name not in early]
@@ -123,7 +123,10 @@ def _shown(study: StudyConfig, study_dir: Path, name: str) -> dict[str, Any]:
         return {"study_dir": project_relative(study_dir)}
     first = pretrain_cells(study)[0]
     config = study.pretrain_config(*first[:2], study.learning_rates(first.variant)[0][0], first.seed)
-    names = ("dataset", "data_dir", "num_classes", "image_size", "hue_spread", "resolution", "min_area")
+    names = (
+        "dataset", "data_dir", "train_split", "heldout_split", "label_feature", "num_classes", "image_size", "data_seed",
+        "hue_spread", "resolution", "min_area",
+    )  # fmt: skip
     return {key: getattr(config, key) for key in names} | {
         "examples": min(600, config.examples_per_epoch), "heldout_examples": min(200, config.heldout_examples),
     }  # fmt: skip

@@ -1,6 +1,7 @@
 """The `nfnet` commands that are about studies: run, plan, watch, report, publish."""
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +17,8 @@ def _study(arguments: argparse.Namespace) -> int:
 
     study = StudyConfig.from_file(arguments.file, overrides(arguments.parameter))
     if arguments.workers is not None:
+        if arguments.workers < 0:
+            raise ConfigError(f"workers: {arguments.workers}; allowed: 0 or more")
         study = study.model_copy(update={"workers": arguments.workers})
     study_dir = arguments.out or PROJECT / "outputs" / study.name
     if arguments.dry_run:
@@ -67,7 +70,7 @@ def _findings(study_dir: Path) -> list[str]:
     from nfnet_lib.scaling import frontier_analysis
 
     try:
-        return list(frontier_analysis(collect(study_dir)).sentences())
+        return list(frontier_analysis(collect(study_dir, with_diverged=True)).sentences())
     except ValueError as error:
         return [f"no frontier fit: {error}"]
 
@@ -77,7 +80,7 @@ def _status(arguments: argparse.Namespace) -> int:
 
     if arguments.watch is None:
         print("\n".join(status.status_lines(arguments.dir)))
-    elif arguments.watch <= 0:
+    elif not 0 < arguments.watch < math.inf:
         raise ConfigError(f"watch: {arguments.watch:g} seconds; allowed: above 0")
     else:
         status.watch(arguments.dir, arguments.watch)

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nfnet_lib.calibration import plan_table, rounded
-from nfnet_lib.config import ConfigError, PretrainConfig, StudyConfig
+from nfnet_lib.config import ConfigError, StudyConfig
 from nfnet_lib.files import write_bytes
+from nfnet_lib.study_grid import PretrainCell, least_runs
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _SLICE = re.compile(r"^# Slice: (\S+), ([\d,]+) classes$", re.MULTILINE)
 _COST = re.compile(r"^# Cost, planned.*\n(?:#   .*\n)*", re.MULTILINE)
-LEAST_TRIALS = 3  # learning rates a cell: an optimum between two that are worse
 
 
 def slice_of(path: str | Path) -> tuple[str, int]:
@@ -28,19 +28,27 @@ def slice_of(path: str | Path) -> tuple[str, int]:
 
 
 def study_table(path: str | Path) -> "pd.DataFrame":
-    """`calibration.plan_table` of the cells of a study file on its slice; one pre-training run each."""
+    """`calibration.plan_table` of the cells of a study file on its slice, one pre-training run each.
+
+    A column more, runs: those that the search of a cell's learning rate takes at least, with all seeds. ConfigError for
+    pre-training with SAM.
+    """
     import pandas as pd
 
     study, (topology, classes) = StudyConfig.from_file(path), slice_of(path)
-    shared = PretrainConfig.from_params(study.pretrain)
-    tables = [
-        plan_table(
-            [variant], study.budgets_of(variant), examples=shared.examples_per_epoch, global_batch=shared.batch_size,
-            topology=topology, num_classes=classes, resolution=shared.resolution, remat=shared.remat, sharding=shared.sharding,
-            bottleneck_rule=shared.bottleneck_rule,
-        )
-        for variant in study.variants
-    ]  # fmt: skip
+    tables = []
+    for variant in study.variants:
+        budgets, seeds = study.budgets_of(variant), study.seeds or [None]
+        own = study.pretrain_config(variant, budgets[0], study.learning_rates(variant)[0][0], seeds[0])
+        if own.rho:
+            raise ConfigError(f"rho: {own.rho} in pre-training; the cost of SAM is not planned; allowed: 0")
+        table = plan_table(
+            [variant], budgets, examples=own.examples_per_epoch, global_batch=own.batch_size, topology=topology,
+            num_classes=classes, resolution=own.resolution, remat=own.remat, sharding=own.sharding,
+            bottleneck_rule=own.bottleneck_rule,
+        )  # fmt: skip
+        runs = [len(seeds) * least_runs(study, PretrainCell(variant, budget, seeds[0])) for budget in table["epoch_budget"]]
+        tables.append(table.assign(runs=runs))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -58,14 +66,12 @@ def cost_lines(path: str | Path) -> list[str]:
         note = "" if rows["known"].all() else " at the floor: not compiled"
         fits = "" if rows["fits"].all() else "; DOES NOT FIT"
         lines.append(f"  {variant}: core-hours of a run: {runs}{note}{fits}")
-    low, high = (LEAST_TRIALS * table[name].fillna(table["floor_core_hours"]).sum() for name in ("low", "high"))
-    total = LEAST_TRIALS * hours.sum()
-    dollars = LEAST_TRIALS * table["dollars"].sum()
-    lines.append(
-        f"  all {len(table)} cells, {LEAST_TRIALS} learning rates each: {rounded(total)} core-hours ({rounded(low)} to"
-        f" {rounded(high)}),"
-    )
-    days = LEAST_TRIALS * table["days"].sum()
+    runs = table["runs"]
+    low, high = ((runs * table[name].fillna(table["floor_core_hours"])).sum() for name in ("low", "high"))
+    total, dollars, days = ((runs * values).sum() for values in (hours, table["dollars"], table["days"]))
+    seeds = len(StudyConfig.from_file(path).seeds)
+    each = f"{runs.iloc[0]} learning rates each" if seeds < 2 and runs.nunique() == 1 else f"{runs.sum()} runs"
+    lines.append(f"  all {len(table)} cells, {each}: {rounded(total)} core-hours ({rounded(low)} to {rounded(high)}),")
     lines.append(
         f"  {days:.3g} days of one {topology} slice, ${dollars:,.0f} on demand by an old list; fine-tuning apart"
     )

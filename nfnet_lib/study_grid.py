@@ -77,6 +77,14 @@ def smaller_cells(study: StudyConfig, cell: PretrainCell) -> list[PretrainCell]:
     ]  # fmt: skip
 
 
+def least_runs(study: StudyConfig, cell: PretrainCell) -> int:
+    """Learning rates that a cell's search tries at least: all of a grid, two trials, or three where a minimum is bracketed."""
+    rates = len(study.learning_rates(cell.variant)[0])
+    if study.lr_search == "grid":
+        return rates
+    return min(2 if study.lr_search == "two_trials" and smaller_cells(study, cell) else 3, rates)
+
+
 def _size(study: StudyConfig, cell: PretrainCell) -> int:
     return flops.run_macs(study.pretrain_config(*cell[:2], study.learning_rates(cell.variant)[0][0], cell.seed))
 

@@ -1,6 +1,5 @@
 """The learning rate of a cell (a variant at an epoch budget), tuned on a grid of factors of 2 (the paper, section 2)."""
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from nfnet_lib.config import ConfigError, RunConfig
 from nfnet_lib.files import write_json
-from nfnet_lib.records import FAILURE, SUMMARY, read_metrics, read_summary
+from nfnet_lib.records import FAILURE, SUMMARY, diverged, read_metrics, read_summary
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -124,10 +123,7 @@ def known_loss(config: RunConfig, study_dir: Path) -> float | None:
         if summary["config_hash"] != config.config_hash:
             raise ConfigError(f"{folder.name} holds a run of other parameters; choose another study folder")
         return summary["heldout_loss"]
-    try:
-        return math.inf if json.loads((folder / FAILURE).read_text()).get("diverged") else None
-    except (OSError, ValueError):
-        return None
+    return math.inf if diverged(folder) else None
 
 
 def at_lr(config: RunConfig, peak_lr: float) -> RunConfig:

@@ -12,7 +12,7 @@ from nfnet_lib import calibration, paper, planning
 from nfnet_lib.cli import main
 from nfnet_lib.config import ConfigError, StudyConfig
 from nfnet_lib.scaling import frontier_analysis
-from nfnet_lib.study_cost import slice_of, study_table, with_header
+from nfnet_lib.study_cost import cost_lines, slice_of, study_table, with_header
 from nfnet_lib.tpus import ESTIMATE_KEYS
 
 ROOT = Path(__file__).parent.parent
@@ -91,6 +91,25 @@ def test_cost_command_writes_headers_and_names_what_is_missing(tmp_path, capsys)
     assert main(["cost", str(path)]) == 2 and "# Slice: TOPOLOGY" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "lines,runs", [("", 36), ("  seeds: [0, 1, 2]", 108), ("  lr_search: grid", 48), ("  lr_search: two_trials", 25)]
+)
+def test_a_study_costs_as_many_runs_as_its_search_takes(lines, runs, tmp_path):
+    path = tmp_path / "mine.yaml"
+    text = (ROOT / "params/tpu/imagenet2012_v4-8.yaml").read_text()
+    assert "lr_search" not in text and "seeds" not in text
+    path.write_text(f"{text.rstrip()}\n{lines}\n")
+    table = study_table(path)
+    assert table["runs"].sum() == runs and len(table) == 12
+    total = (table["runs"] * table["core_hours"]).sum()
+    (said,) = [line for line in cost_lines(path) if "all 12 cells" in line]
+    assert f": {calibration.rounded(total)} core-hours" in said
+    assert f"{runs} runs" in said or f"{runs // 12} learning rates each" in said
+    path.write_text(re.sub("pretrain:", "pretrain:\n    rho: 0.05", text, count=1))
+    with pytest.raises(ConfigError, match=r"rho: 0\.05"):
+        study_table(path)
+
+
 def test_plan_command_says_where_its_estimate_comes_from(capsys):
     line = ["plan", "F7+", "--epochs", "8", "--examples", "4e9", "--topology", "v4:4x4x4", "--classes", "30000"]
     assert main(line) == 0
@@ -124,6 +143,8 @@ def test_what_a_budget_buys():
     assert "F3 for 8 epochs" in sentence and re.search(r"predicts [\d.]+ nats", sentence)
     larger = planning.best_within(plans, 1e9, law)
     assert larger["train_flops"] == plans["train_flops"].max()
+    doubled = calibration.plan_table(["F3"], [2, 4, 8], **PAPER)
+    assert planning.best_within(doubled, 1e9, law)["epoch_budget"] == 8, "of one size the longest run within the budget"
 
 
 def test_no_loss_is_predicted_far_from_the_runs():

@@ -10,7 +10,8 @@ import synthetic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nfnet_lib import files, records, status
+from nfnet_lib import files, records, report, scaling, status
+from nfnet_lib.config import PretrainConfig
 
 
 @pytest.fixture
@@ -41,6 +42,29 @@ def test_collect_order_and_types_do_not_depend_on_the_order_of_creation(tmp_path
     for name, order in (("a", summaries), ("b", summaries[::-1])):
         synthetic.write_runs(tmp_path / name, order)
     pd.testing.assert_frame_equal(records.collect(tmp_path / "a"), records.collect(tmp_path / "b"))
+
+
+def test_diverged_rates_are_rows_without_a_loss_where_they_are_wanted(tmp_path):
+    """A rate above the best that diverged is a worse one: without it the best seemed to lie at the edge of its grid."""
+    config = PretrainConfig.from_params({"peak_lr": 0.4})
+    runs = [synthetic.summary(f"lr{lr:g}", config=config.model_dump() | {"peak_lr": lr}, heldout_loss=loss)
+            for lr, loss in ((0.1, 2.5), (0.2, 2.0))]  # fmt: skip
+    synthetic.write_runs(tmp_path, runs)
+    lost, failed, tuned = (tmp_path / name for name in ("lost", "failed", "tuned"))
+    for folder, said in ((lost, {"diverged": True}), (failed, {}), (tuned, {"diverged": True})):
+        folder.mkdir()
+        (folder / "failure.json").write_text(json.dumps({"error": "loss is nan"} | said))
+    (lost / "params.json").write_text(config.model_dump_json())
+    (failed / "params.json").write_text(config.model_dump_json())
+    assert len(records.collect(tmp_path)) == 2
+    table = records.collect(tmp_path, with_diverged=True)
+    assert table["status"].tolist() == ["done", "done", "diverged"] and table["path"].tolist()[2] == "lost"
+    assert table["heldout_loss"].isna().tolist() == [False, False, True] and table["train_flops"].gt(0).all()
+    (cell,) = scaling.best_per_cell(table).itertuples()
+    assert cell.best_lr == 0.2 and cell.lr_is_interior and cell.lrs == (0.1, 0.2, 0.4)
+    states = report.run_table(tmp_path)["state"].str.split(":").str[0]
+    assert states.tolist() == ["done", "done", "failed", "diverged", "diverged"]
+    assert "1 diverged" in report.provenance(table).loc["runs", "value"]
 
 
 def test_types_are_stable_when_some_runs_lack_a_key(study):

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import synthetic
 
-from nfnet_lib import PROJECT, rules, scaling
+from nfnet_lib import PROJECT, rules, scaling, study_laws
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +78,22 @@ def test_two_trials_on_the_published_studies(study, cells, found):
     assert len(table) == cells and table["tried"].map(len).gt(0).all() and table["found"].sum() == found
     assert (table["excess"][table["found"]] == 0).all() and (table["excess"][~table["found"]] > 0).all()
     assert table["excess"].mean() < 0.025
+
+
+def test_two_trials_are_proposed_from_cells_of_the_same_family(runs):
+    """The optimizers' rates have nothing to do with each other: AdamW's are a hundredth of SGD's."""
+    names = dict(zip(synthetic.VARIANTS, ("Ti/16", "S/16", "B/16", "L/16", "g/14"), strict=True))
+    vits = runs.assign(variant=runs["variant"].map(names), peak_lr=runs["peak_lr"] / 128, forward_macs=runs["forward_macs"] + 1)
+    alone, both = rules.two_trials(runs), rules.two_trials(pd.concat([runs, vits]))
+    assert len(both) == 2 * len(alone) and both["found"].sum() == 2 * alone["found"].sum()
+
+
+def test_two_trials_say_nothing_of_cells_where_no_other_rate_was_tried():
+    """The published GPU study searched by this very rule: that its best rates were among those proposed is no finding."""
+    runs = pd.read_csv(PROJECT / "outputs" / "published" / "gpu" / "results.csv")
+    assert rules.two_trials(runs).empty
+    laws = study_laws.study_laws(scaling.best_per_cell(runs), runs)
+    assert not any("Two trials" in sentence for sentence in laws.sentences())
 
 
 def test_growth_is_not_read_off_an_axis_that_was_not_varied(cells):

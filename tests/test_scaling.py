@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from nfnet_lib import scaling
+from nfnet_lib.config import PretrainConfig
 
 COEFFICIENT, EXPONENT = synthetic.LAW
 
@@ -88,6 +89,37 @@ def test_best_lr_trend_recovers_the_planted_slopes():
     assert trend.loc["all", "slope_size"] == pytest.approx(-0.25)
     on_grid = scaling.best_lr_trend(cells).set_index("variant")
     assert on_grid.loc["all", "slope_epochs"] == pytest.approx(-0.5, abs=0.1)
+
+
+def test_trends_of_size_are_of_one_family_each():
+    cells = scaling.best_per_cell(synthetic.table(synthetic.pretrain_summaries()))
+    vits = cells.assign(
+        variant=cells["variant"].map(dict(zip(synthetic.VARIANTS, ("Ti/16", "S/16", "B/16", "L/16", "g/14"), strict=True))),
+        best_lr=cells["best_lr"] / 128, num_params=2 * cells["num_params"],
+    )  # fmt: skip
+    alone = scaling.best_lr_trend(cells).set_index("variant").loc["all"]
+    both = scaling.best_lr_trend(pd.concat([cells, vits], ignore_index=True)).set_index("variant")
+    assert "all" not in both.index
+    for name in ("all NFNets", "all ViTs"):
+        np.testing.assert_allclose(both.loc[name, ["slope_epochs", "slope_size"]].astype(float),
+                                   alone[["slope_epochs", "slope_size"]].astype(float))  # fmt: skip
+
+
+def test_where_every_variant_has_one_cell_there_is_no_interval(runs):
+    """No resample would differ from the study: an interval of no width is no interval."""
+    result = scaling.frontier_analysis(runs[runs["epoch_budget"] == 1.0])
+    assert result.interval is None and any("every variant has a single cell" in note for note in result.notes)
+    assert not any("too narrow" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("name,value", [("hue_spread", 0.5), ("rho", 0.1), ("dtype", "bfloat16"), ("image_size", 32)])
+def test_runs_of_one_cell_and_rate_with_other_recipes_are_not_averaged(runs, name, value):
+    runs = runs.assign(**{name: getattr(PretrainConfig(), name), "remat": "none"})
+    again = runs.assign(**{name: value}, run_id=runs["run_id"] + "-again")
+    with pytest.raises(ValueError, match=f"{name}: .* differ in their seed only"):
+        scaling.best_per_cell(pd.concat([runs, again], ignore_index=True))
+    same = runs.assign(remat="full", seed=1, run_id=runs["run_id"] + "-again")
+    assert scaling.best_per_cell(pd.concat([runs, same], ignore_index=True))["num_seeds"].eq(2).all()
 
 
 def test_trend_of_one_budget_has_no_slope():
