@@ -67,24 +67,36 @@ def runs_to_show(config: FinetuneConfig, study_dir: Path, seeds: int) -> "pd.Dat
     if found.empty and seeds == 0:
         with contextlib.suppress(FileNotFoundError):
             found = recorded(open_study()[0])
-    return found[:0] if seeds < 0 else found
+    return found[:0] if seeds < 0 else one_comparison(found, config)
+
+
+def one_comparison(runs: "pd.DataFrame", config: FinetuneConfig) -> "pd.DataFrame":
+    """Of recorded runs those of one variant, data set and origin: the config's where there are any, else the most."""
+    groups = [group for _, group in runs.groupby(["variant", "dataset", "pretrained_run"], dropna=False, sort=False)]
+
+    def rank(group: "pd.DataFrame") -> tuple[bool, bool, int]:
+        first = group.iloc[0]
+        alike = (first["variant"], first["dataset"]) == (config.variant, config.dataset)
+        return alike and first["pretrained_run"] == config.pretrained_run, alike, len(group)
+
+    return max(groups, key=rank) if groups else runs
 
 
 def recorded(df: "pd.DataFrame") -> "pd.DataFrame":
     """The runs of a comparison among records (`records.collect`), a row a run, in the order of ARMS.
 
     Columns: arm, seed, variant, dataset, epoch_budget, augmult, rho, train_flops, heldout_examples, top1_error_percent,
-    heldout_loss, run_id.
+    heldout_loss, run_id, pretrained_run.
     """
     import pandas as pd
 
     arms = df["compared_as"].fillna("") if "compared_as" in df else pd.Series("", index=df.index)
-    runs = df[arms != ""].assign(arm=arms[arms != ""])
+    runs = df[arms.isin(list(ARMS))].assign(arm=arms[arms.isin(list(ARMS))])
     runs = runs.assign(top1_error_percent=100 * (1 - runs["heldout_top1"]))
     runs = runs.sort_values(["arm", "seed"], key=lambda c: c.map(list(ARMS).index) if c.name == "arm" else c)
     return runs.reindex(columns=[
         "arm", "seed", "variant", "dataset", "epoch_budget", "augmult", "rho", "train_flops", "heldout_examples",
-        "top1_error_percent", "heldout_loss", "run_id",
+        "top1_error_percent", "heldout_loss", "run_id", "pretrained_run",
     ])  # fmt: skip
 
 

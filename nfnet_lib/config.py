@@ -115,7 +115,7 @@ class RunConfig(BaseModel):
         """The config of a flat mapping (papermill's, YAML's). ConfigError in one line on the first thing wrong."""
         cls.refuse_unknown(params)
         try:
-            return cls(**_numbers(cls, params))
+            return cls(**as_numbers(cls, params))
         except ValidationError as error:
             first = error.errors()[0]
             if not first["loc"]:  # raised by a validator below: its message is complete
@@ -359,7 +359,10 @@ class StudyConfig(BaseModel):
 
             loaded = load_recipe(path.parent / recipe)
             own = content["study"].get("finetune_variants") or {}
-            content["study"] |= {"finetune": loaded.finetune, "finetune_variants": loaded.variants | own}
+            if not isinstance(own, dict) or not all(isinstance(values, dict) for values in own.values()):
+                raise ConfigError(f"finetune_variants: {own!r} is not a mapping of variants to parameters")
+            merged = {name: {**loaded.variants.get(name, {}), **own.get(name, {})} for name in {**loaded.variants, **own}}
+            content["study"] |= {"finetune": loaded.finetune, "finetune_variants": merged}
         try:
             study = cls(**content["study"])
         except ValidationError as error:
@@ -385,6 +388,11 @@ class StudyConfig(BaseModel):
                     f"variant_epoch_budgets: {variant}: {budgets}; allowed: budgets without repeats, for some of"
                     f" {', '.join(self.variants)}"
                 )
+        for variant in self.finetune_variants:
+            try:
+                get_variant(variant)
+            except ValueError as error:
+                raise ConfigError(f"finetune_variants: {error}") from None
         known_budgets = {budget for variant in self.variants for budget in self.budgets_of(variant)}
         for variant in self.variants:
             lr_grid, lr_start = self.learning_rates(variant)
@@ -443,7 +451,7 @@ def _override(content: dict[str, Any], key: str, value: Any) -> None:
     content[last] = value
 
 
-def _numbers(cls: type[BaseModel], params: Mapping[str, Any]) -> dict[str, Any]:
+def as_numbers(cls: type[BaseModel], params: Mapping[str, Any]) -> dict[str, Any]:
     """YAML 1.1 reads 1e-3 and 4e9 as text: text that is a number becomes one where the field wants a number."""
     out = dict(params)
     for name, value in params.items():

@@ -280,6 +280,8 @@ def compare(
             raise ConfigError(f"{name}: {value}; allowed: -1 to 1")
     if not 0 <= radius <= MAX_RADIUS:
         raise ConfigError(f"radius: {radius} bits; allowed: 0 to {MAX_RADIUS} of 64")
+    if workers < 1:
+        raise ConfigError(f"workers: {workers}; allowed: 1 or more")
     if present := [name for name in FILES if (out_dir / name).exists()]:
         raise ConfigError(f"out: {out_dir} already holds {', '.join(present)}; choose another folder")
     embed = None
@@ -368,20 +370,31 @@ def read_pairs(out_dir: str | Path):
 
 
 class Summary(NamedTuple):
-    """What a comparison found: a sentence, and the table of pairs."""
+    """What a comparison found: a sentence, the table of pairs, and the sources, {name of the other: it}, whose ids they are."""
 
     sentence: str
     pairs: Any
+    train: Source
+    others: dict[str, Source]
 
 
-def summary(source: Source, heldout: Source, dataset: str, out_dir: str | Path = "") -> Summary:
-    """Of the comparison in out_dir; without one, of `source` with `heldout`, made here and not kept."""
+def summary(
+    source: Source, heldout: Source, dataset: str, out_dir: str | Path = "", data_dir: str | None = None
+) -> Summary:  # fmt: skip
+    """Of the comparison in out_dir; without one, of `source` with `heldout`, made here and not kept.
+
+    ConfigError where a set that was compared can't be opened any more.
+    """
     if out_dir:
-        content = json.loads((Path(out_dir) / FILES[1]).read_text())
+        content, pairs = json.loads((Path(out_dir) / FILES[1]).read_text()), read_pairs(out_dir)
+        name = content["dataset"] + (f"@{content['split']}" if content["split"] else "")
+        train = open_set(name.removeprefix("images:"), "train", data_dir, content["num_examples"])
+        most = pairs.groupby("against")["against_id"].max() + 1
+        others = {against: open_set(against, "heldout", data_dir, int(count)) for against, count in most.items()}
         text = (
             f"{len(content['ids'])} of {content['num_examples']} training pictures are near-duplicates of held-out ones"
         )
-        return Summary(text + ".", read_pairs(out_dir))
+        return Summary(text + ".", pairs, train, others)
     with tempfile.TemporaryDirectory() as folder:
         text = compare(source, [("heldout", heldout)], Path(folder), dataset=dataset, progress=False)
-        return Summary(text + ".", read_pairs(folder))
+        return Summary(text + ".", read_pairs(folder), source, {"heldout": heldout})

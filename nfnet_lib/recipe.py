@@ -50,7 +50,7 @@ def load_recipe(path: str | Path, _depth: int = 0) -> Recipe:
     variants = dict(base.variants)
     if not isinstance(content.get("variants") or {}, dict):
         raise ConfigError(f"variants: {content['variants']!r} is not a mapping of variants to parameters")
-    for name, own in (content.get("variants") or {}).items():
+    for name, own in ((str(key), value) for key, value in (content.get("variants") or {}).items()):
         try:
             get_variant(name)
         except ValueError as error:

@@ -9,12 +9,11 @@ from nfnet_lib import flops, paper
 from nfnet_lib.cell import finished
 from nfnet_lib.config import RunConfig, StudyConfig
 from nfnet_lib.records import collect
-from nfnet_lib.study_grid import pretrain_cells, search_of
+from nfnet_lib.study_grid import least_runs, pretrain_cells, search_of
 
 if TYPE_CHECKING:
     import pandas as pd
 
-TRIALS = {"bracket": 3, "two_trials": 2}  # learning rates of a cell; a bracket whose start is not the best takes more
 NOTEBOOK_SECONDS = 6  # that a cell's notebook takes beside its runs, on a laptop's core (LOG.md)
 
 
@@ -32,20 +31,20 @@ def plan_table(study: StudyConfig, study_dir: Path, timed: "pd.DataFrame | None"
         found = search_of(study, cell, study_dir)
         grid = study.learning_rates(cell.variant)[0]
         config = found[0] if found else study.pretrain_config(*cell[:2], grid[0], cell.seed)
-        trials = TRIALS["bracket" if found is None or len(found[1]) == len(grid) else "two_trials"]
-        runs = len(grid) if study.lr_search == "grid" else min(trials, len(grid))
         if study.lr_search == "grid":
             done = all(finished(config.model_copy(update={"peak_lr": lr}), study_dir) for lr in grid)
         else:
             done = found is not None and finished(found[0], study_dir, found[1]) is not None
-        rows.append(_row(cell.name, config, runs, done, timed))
+        rows.append(_row(cell.name, config, least_runs(study, cell), done, timed))
     known = collect(study_dir) if study_dir.is_dir() else pd.DataFrame()
     tuned = known[known["kind"] == "finetune"] if len(known) else known
+    if "compared_as" in tuned:  # ways of fine-tuning that are compared are no cells
+        tuned = tuned[tuned["compared_as"].fillna("") == ""]
     for variant in study.variants if study.finetune is not None else ():
         count = len(study.budgets_of(variant)) if study.finetune_cells == "all" else 1
         for augmult in study.finetune_augmults:
             config = study.finetune_config(variant, "to-be-found", augmult)
-            there = len(tuned) and (tuned["variant"].eq(variant) & tuned["augmult"].eq(augmult)).sum()
+            there = int((tuned["variant"].eq(variant) & tuned["augmult"].eq(augmult)).sum()) if len(tuned) else 0
             rows.append(_row(f"finetune_{variant.replace('/', '-')}_ra{augmult}", config, count, there >= count, timed))
     return pd.DataFrame(rows)
 

@@ -87,6 +87,36 @@ def test_records_give_the_comparison_and_keep_it_out_of_figure_1():
     assert comparison.recorded(synthetic.table(runs)).empty
 
 
+def test_a_study_s_own_values_for_a_variant_are_added_to_the_recipe_s():
+    path = f"{ROOT}/params/laptop/study.yaml"
+    before, after = (
+        StudyConfig.from_file(path, own).finetune_config("F0-mini", "x", 1).model_dump()
+        for own in ({}, {"finetune_variants.F0-mini.peak_lr": 0.1})
+    )
+    assert {name for name in before if before[name] != after[name]} == {"peak_lr"}
+    with pytest.raises(ConfigError, match=r"finetune_variants: .*'F0-pcio'"):
+        StudyConfig.from_file(path, {"finetune_variants.F0-pcio.rho": 0.1})
+
+
+def test_of_several_comparisons_in_a_folder_one_is_shown():
+    """Runs of other variants and origins are no more seeds."""
+    config = FinetuneConfig(variant="F1-mini", dataset="digits", pretrained_run="b")
+    compared = [
+        synthetic.summary(f"{variant}{origin}{arm}{seed}", kind="finetune", heldout_top1=0.9,
+                          config={"variant": variant, "dataset": "digits", "pretrained_run": origin, "compared_as": arm,
+                                  "seed": seed})
+        for variant, origin, seeds in (("F0-mini", "a", 3), ("F1-mini", "b", 2), ("F1-mini", "c", 2))
+        for arm in ("plain", "SAM", "a way of later days") for seed in range(seeds)
+    ]  # fmt: skip
+    runs = comparison.recorded(synthetic.table(compared))
+    assert set(runs["arm"]) == {"plain", "SAM"} and len(runs) == 14
+    own = comparison.one_comparison(runs, config)
+    assert set(own["variant"]) == {"F1-mini"} and set(own["pretrained_run"]) == {"b"} and len(own) == 4
+    other = comparison.one_comparison(runs, config.model_copy(update={"variant": "F3-mini"}))
+    assert set(other["variant"]) == {"F0-mini"} and len(other) == 6, "that of the most runs"
+    assert comparison.one_comparison(runs[:0], config).empty
+
+
 def planted_cells():
     """Four variants by three budgets; error favours twice the size at half the epochs."""
     rows = []
@@ -186,7 +216,9 @@ def test_recipes_build_on_each_other_and_bad_ones_are_refused(tmp_path):
     for content, words in (
         ("finetune: {rhoo: 1}", "rhoo: unknown parameter"), ("finetune: {}\nvariants: {F99: {}}", "variants: variant: unknown"),
         ("recipe: {}", "must hold finetune"), ("base: self.yaml\nfinetune: {}", "more than 8 deep"),
-        ("finetune: {}\nbase: none.yaml", "can't be read"), ("finetune: {}\nvariants: {F0: {lr: 1}}", "lr: unknown"),
+        ("finetune: {}\nvariants: {1: {}}", "variants: variant: unknown '1'"),
+        ("finetune: {}\nbase: none.yaml", "can't be read"),
+        ("finetune: {}\nvariants: {F0: {lr: 1}}", "lr: unknown"),
     ):  # fmt: skip
         (tmp_path / "self.yaml").write_text(content)
         with pytest.raises(ConfigError, match=words):

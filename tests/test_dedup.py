@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from nfnet_lib import explore
 from nfnet_lib.cli import main
-from nfnet_lib.dedup import HammingIndex, correlation, dedup, hashes, read_pairs, thumbnail
+from nfnet_lib.dedup import HammingIndex, correlation, dedup, hashes, read_pairs, summary, thumbnail
 from nfnet_lib.sources import load_source
 
 
@@ -129,6 +130,22 @@ def test_embeddings_as_a_last_stage(folders, tmp_path):
     assert read_pairs(tmp_path / "none").duplicate.sum() <= 1
 
 
+def test_pictures_of_a_comparison_are_those_that_were_compared(tmp_path):
+    """Not those of the held-out set that a notebook happens to look at, nor of the first of the training set."""
+    sets = ["digits@train", "digits@heldout"]
+    dedup("digits", sets, tmp_path / "out", train_examples=700, against_examples=300, progress=False)
+    other = load_source("digits", "heldout", num_examples=5)
+    found = summary(other, other, "digits", tmp_path / "out")
+    assert len(found.train) == 700 and set(found.others) == set(sets) and found.pairs.train_id.max() >= 300
+    same = found.pairs[(found.pairs.against == "digits@train") & (found.pairs.train_id == found.pairs.against_id)]
+    assert len(same) == 300
+    for row in same.itertuples():
+        np.testing.assert_array_equal(found.train[row.train_id][0], found.others[row.against][row.against_id][0])
+    assert explore.browse_pairs(found.pairs, found.train, found.others).children[1].value
+    beside = summary(load_source("digits", "train", num_examples=40), other, "digits")
+    assert set(beside.others) == {"heldout"} and len(beside.train) == 40
+
+
 @pytest.mark.parametrize(
     "arguments,words",
     [
@@ -137,6 +154,8 @@ def test_embeddings_as_a_last_stage(folders, tmp_path):
         (["digits"], "against: no set"),
         (["digits", "digits", "--radius", "17"], "radius: 17"),
         (["digits", "digits", "--min-correlation", "2"], "min_correlation: 2"),
+        (["digits", "digits", "--workers", "0"], "workers: 0"),
+        (["digits", "digits@test"], "split: 'test' of digits; allowed: train, heldout"),
     ],
 )
 def test_bad_requests_write_nothing(arguments, words, tmp_path, capsys):

@@ -93,6 +93,17 @@ def test_a_dry_run_plans_counts_and_writes_nothing(path, tmp_path, capsys):
     assert "No timed runs" in plan_sentence(plan_table(named, tmp_path / "none"), 2)
     every = plan_table(StudyConfig.from_file(path, {"lr_search": "grid"}), tmp_path / "none")
     assert set(every["runs"]) == {5}
+    two = plan_table(StudyConfig.from_file(path, {"lr_search": "two_trials"}), tmp_path / "none")
+    assert two["runs"].tolist() == [2, 2, 2, 3], "before the smallest cell is done, too"
+
+
+def test_compared_ways_of_fine_tuning_are_no_cells(tmp_path):
+    laptop = StudyConfig.from_file(study.NOTEBOOKS.parent / "params" / "laptop" / "study.yaml")
+    for compared, state in (("plain", "to do"), ("", "done")):
+        own = {"variant": "F0-nano", "augmult": 1, "compared_as": compared}
+        synthetic.write_runs(tmp_path / state, [synthetic.summary("a", kind="finetune", config=own)])
+        table = plan_table(laptop, tmp_path / state).set_index("cell")
+        assert table.loc["finetune_F0-nano_ra1", "state"] == state and table.loc["finetune_F0-nano_ra4", "state"] == "to do"
 
 
 @pytest.mark.parametrize(
@@ -265,8 +276,9 @@ def test_a_changed_file_is_refused_but_where_it_runs_may_change(path, tmp_path):
 def test_analysis_notebooks_are_told_what_they_have_parameters_for(path, tmp_path):
     import papermill
 
-    named = StudyConfig.from_file(path, {"notebooks": ["index", "00_data"]})
+    named = StudyConfig.from_file(path, {"notebooks": ["index", "00_data"], "pretrain.data_seed": 3})
     for name in named.notebooks:
         told = study._shown(named, tmp_path, name)
         assert set(told) <= set(papermill.inspect_notebook(str(study.NOTEBOOKS / f"{name}.ipynb")))
     assert (told["num_classes"], told["examples"], told["heldout_examples"]) == (4, 64, 16), "the study's, no more"
+    assert told["data_seed"] == 3
