@@ -92,6 +92,10 @@ def refuse_bomb(path: Path) -> None:
         raise ValueError(f"{path.stat().st_size:,} bytes that unpack to {size:,}")
 
 
+# Where files keep the image tower's weights, beside optimizer moments of the same names.
+_PREFIXES = ("params/img/", "params/", "opt/target/img/", "opt/target/", "img/", "")
+
+
 def _read(path: Path) -> dict[str, np.ndarray]:
     """Arrays by big_vision's present names, blocks unstacked."""
     try:
@@ -105,7 +109,10 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     anchors = [name for name in arrays if name.endswith("embedding/kernel")]
     if not anchors:
         raise WeightsError(f"{path.name} is not a big_vision ViT: it has no embedding/kernel")
-    prefix = anchors[0].removesuffix("embedding/kernel")
+    prefixes = [name.removesuffix("embedding/kernel") for name in anchors]
+    prefix = next((known for known in _PREFIXES if known in prefixes), prefixes[0])
+    if prefix not in _PREFIXES and len(prefixes) > 1:
+        raise WeightsError(f"{path.name}: which are the weights, of {', '.join(map(repr, prefixes))}, is not known")
     out: dict[str, np.ndarray] = {}
     for name, array in arrays.items():
         if not name.startswith(prefix):

@@ -1,6 +1,7 @@
 """The `nfnet` command. Exit codes: 0 success, 1 something failed, 2 bad input (nothing was written), 130 interrupted."""
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -51,9 +52,14 @@ def _finetune(arguments: argparse.Namespace) -> int:
     from nfnet_lib.records import sentence
     from nfnet_lib.train import run
 
+    others = study_commands.overrides(arguments.parameter)
+    options = {"weights": "--weights", "dataset": "--data", "recipe": "--recipe", "epochs": "--epochs",
+               "epoch_budget": "--epochs", "batch_size": "--batch-size"}  # fmt: skip
+    if taken := sorted(options.keys() & others.keys()):
+        raise ConfigError(f"-p: {taken[0]} has an option of its own, {options[taken[0]]}")
     config = finetune_config(
         arguments.weights, arguments.data, recipe=arguments.recipe, epochs=arguments.epochs,
-        batch_size=arguments.batch_size, **study_commands.overrides(arguments.parameter),
+        batch_size=arguments.batch_size, **others,
     )  # fmt: skip
     out = arguments.out or PROJECT / "outputs" / "by_hand" / config.run_id
     print(sentence(run(config, out)))
@@ -108,6 +114,8 @@ def _plan(arguments: argparse.Namespace) -> int:
         "num_classes": arguments.classes, "resolution": arguments.resolution, "remat": arguments.remat,
         "sharding": arguments.sharding, "rho": arguments.rho,
     }  # fmt: skip
+    if arguments.price is not None and not 0 <= arguments.price < math.inf:
+        raise ConfigError(f"price: {arguments.price:g} dollars; allowed: 0 or more")
     planned = cost(
         arguments.variant, arguments.topology, epochs=arguments.epochs, examples=arguments.examples,
         global_batch=arguments.batch, bottleneck_rule=arguments.bottleneck_rule, **what,

@@ -15,16 +15,24 @@ from nfnet_lib.sources import Source
 LABELS_READ = 20_000  # examples of which the labels are counted
 
 
-def labels_of(source: Source, most: int = LABELS_READ) -> list[tuple[int, ...]]:
-    """The labels of the first `most` examples, images left undecoded where the source allows."""
+def labels_of(source: Source, most: int = LABELS_READ, *, skip_bad: bool = False) -> list[tuple[int, ...]]:
+    """The labels of the first `most` examples, images left undecoded where the source allows.
+
+    skip_bad: without those that can't be read, of sources that read one by one.
+    """
     ids = range(min(len(source), most))
     if hasattr(source, "labels"):
         return [(int(label),) for label in source.labels[: len(ids)]]
-    if hasattr(source, "encoded"):
-        return [source.encoded(i)[1] for i in ids]
     if hasattr(source, "batch"):
         return [(int(label),) for label in source.batch(np.array(ids))[1]]
-    labels = [source[i][1] for i in ids]
+    read = source.encoded if hasattr(source, "encoded") else source.__getitem__
+    labels = []
+    for i in ids:
+        try:
+            labels.append(read(i)[1])
+        except Exception:  # sources are users' code: whatever they raise is about this example
+            if not skip_bad:
+                raise
     return [label if isinstance(label, tuple) else (int(label),) for label in labels]
 
 

@@ -95,11 +95,16 @@ def _other(encoded: bytes) -> np.ndarray:
     with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.format} of {image.width} x {image.height} pixels; at most {MAX_PIXELS:,}")
-        if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip instead of scale
-            grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-            return np.repeat(((grey + 128) // 257).astype(np.uint8)[..., None], 3, axis=-1)
-        if image.mode == "F":
-            raise ValueError("floating-point pixels have no stated range")
-        if image.mode == "P":
-            return np.asarray(image.convert("RGBA"))[..., :3].copy()
-        return np.asarray(image.convert("RGB"))
+        return rgb(image)
+
+
+def rgb(image) -> UInt8[np.ndarray, "H W 3"]:
+    """Pixels of a Pillow image; ValueError for floating-point ones."""
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip instead of scale
+        grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        return np.repeat(((grey + 128) // 257).astype(np.uint8)[..., None], 3, axis=-1)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no stated range")
+    if image.mode == "P":
+        return np.asarray(image.convert("RGBA"))[..., :3].copy()
+    return np.asarray(image.convert("RGB"))

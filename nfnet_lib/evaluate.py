@@ -16,10 +16,10 @@ from nfnet_lib.data import load_sources
 from nfnet_lib.data_plots import labels_of
 from nfnet_lib.dedup import open_set
 from nfnet_lib.loader import eval_batches
-from nfnet_lib.predict import read_labels
+from nfnet_lib.predict import eval_margin, loss_of, read_labels
 from nfnet_lib.records import PARAMS, read_summary
 from nfnet_lib.sources import Source
-from nfnet_lib.step import eval_step
+from nfnet_lib.step import eval_step, means_of
 from nfnet_lib.weights import load_weights
 
 if TYPE_CHECKING:
@@ -60,9 +60,9 @@ def evaluate_weights(
 ) -> "pd.DataFrame":  # fmt: skip
     """One row a resolution: dataset, resolution, classes, examples, top1, top5 (fractions), loss (nats), ece.
 
-    weights: a run's folder or a file (`weights.load_weights`). dataset: NAME[@SPLIT]; empty: what a run was evaluated on.
-    resolutions: in pixels; empty: that of the weights' test. An example with several right labels (ReaL) is right with any of
-    them; one with none is left out.
+    weights: a run's folder, which is evaluated with its own margin and loss, or a file (`weights.load_weights`). dataset:
+    NAME[@SPLIT]; empty: what a run was evaluated on. resolutions: in pixels; empty: that of the weights' test. An example with
+    several right labels (ReaL) is right with any of them; one with none is left out.
 
     Classes of the set that are called otherwise than the head's are matched by name: by `labels`, a file of the names of the
     weights' classes, or else as ImageNet's WordNet ids where the weights have 1,000 classes. classes: "all" of the head's
@@ -82,11 +82,14 @@ def evaluate_weights(
     if classes == "present" or (classes == "auto" and few):
         params, mapping = _among_present(params, mapping, source)
     relabelled = Relabelled(source, mapping, len(params["head"]["b"]))
-    model, rows = models.create(variant, len(params["head"]["b"])), []
+    model, rows, loss = models.create(variant, len(params["head"]["b"])), [], loss_of(weights)
     for resolution in resolutions or [_tested_at(weights, variant)]:
         _refuse_resolution(variant, resolution)
-        step = _step(model.variant.name, model.num_classes, tuple(sorted(model.settings.items())), variant.pixels)
-        batches = eval_batches(relabelled, batch_size=batch_size, resolution=resolution, workers=workers)
+        step = _step(model.variant.name, model.num_classes, tuple(sorted(model.settings.items())), variant.pixels, loss)
+        batches = eval_batches(
+            relabelled, batch_size=batch_size, resolution=resolution, margin=eval_margin(weights, resolution), workers=workers,
+            normalise_labels=loss == "softmax",
+        )  # fmt: skip
         shown = tqdm(
             batches, total=-(-len(source) // batch_size), desc=f"{resolution} px", disable=not progress, unit="batch"
         )
@@ -94,17 +97,17 @@ def evaluate_weights(
         total = {key: np.sum([part[key] for part in sums], axis=0, dtype=np.float64) for key in sums[0]}
         if not total["examples"]:
             raise ConfigError(f"dataset: {name!r} has no example with a label that can be read")
-        means = {key: float(total[key] / total["examples"]) for key in ("top1", "top5", "loss")}
-        ece = float(np.abs(total["calibration"]).sum() / total["examples"])
-        row = {"dataset": name, "resolution": resolution, "classes": model.num_classes}
-        rows.append(row | {"examples": int(total["examples"])} | means | {"ece": ece})
+        means = means_of(total)
+        row = {"dataset": name, "resolution": resolution, "classes": model.num_classes, "examples": int(total["examples"])}
+        rows.append(row | {key: means[key] for key in ("top1", "top5", "loss", "ece")})
     return pd.DataFrame(rows)
 
 
 @functools.lru_cache(maxsize=4)
-def _step(name: str, num_classes: int, settings: tuple, pixels: str):
+def _step(name: str, num_classes: int, settings: tuple, pixels: str, loss: str):
     """Compiled once at each resolution for all sets that a process looks at."""
-    return jax.jit(functools.partial(eval_step, model=models.create(name, num_classes, **dict(settings)), pixels=pixels))
+    model = models.create(name, num_classes, **dict(settings))
+    return jax.jit(functools.partial(eval_step, model=model, pixels=pixels, loss=loss))
 
 
 def evaluate_sets(weights: str | os.PathLike, names: str, resolutions: Sequence[int], **options) -> "pd.DataFrame":
@@ -186,7 +189,8 @@ def _source(weights: str | os.PathLike, dataset: str, num_examples: int | None, 
 
 def _among_present(params, mapping: np.ndarray, source: Source):
     """(parameters whose head has only the classes that occur in the source, its classes among those)."""
-    present = sorted({int(mapping[label]) for labels in labels_of(source, len(source)) for label in labels})
+    found = labels_of(source, len(source), skip_bad=True)
+    present = sorted({int(mapping[label]) for labels in found for label in labels})
     if not present:
         raise ConfigError(f"dataset: {source.name} has no labels")
     place = np.full(len(params["head"]["b"]), -1, np.int64)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from nfnet_lib import PROJECT
-from nfnet_lib.config import ConfigError, FinetuneConfig
+from nfnet_lib.config import ConfigError, FinetuneConfig, as_numbers
 from nfnet_lib.pretrained import WeightsError
 from nfnet_lib.recipe import load_recipe
 from nfnet_lib.sources import load_source
@@ -32,6 +32,8 @@ def finetune_config(
         loaded, _ = load_weights(weights)
     except (OSError, WeightsError) as error:
         raise ConfigError(f"weights: {error}") from None
+    FinetuneConfig.refuse_unknown(overrides)
+    overrides = as_numbers(FinetuneConfig, overrides)
     settings = {name: value for name, value in loaded.settings.items() if name != "image_size"}
     given = {"epoch_budget": epochs, "batch_size": batch_size, "dataset": dataset or None}
     own = {"variant": str(loaded), "pretrained_weights": str(weights)} | settings

@@ -137,13 +137,14 @@ def describe(config, num_classes: int | None = None):
     macs = forward_macs(variant, config.resolution, classes, config.bottleneck_rule)
     views = config.steps * config.batch_size
     total = train_flops(macs, views, config.rho, config.ascent_fraction)
+    sam = f", {1 + config.ascent_fraction:g} times for SAM" if config.rho > 0 else ""
     rows = {
         "run": config.run_id,
         "parameters": f"{num_params(variant, classes, config.bottleneck_rule, config.resolution):,}",
         f"MACs of one image, {config.resolution} px": f"{macs:,}",
         "steps": f"{config.steps:,} ({config.warmup_steps:,} of warm-up)",
         "views seen": f"{views:,} of {config.steps * config.unique_per_step:,} draws",
-        "training FLOPs (6 a MAC and view" + (", twice for SAM)" if config.rho > 0 else ")"): f"{total:.3g}",
+        f"training FLOPs (6 a MAC and view{sam})": f"{total:.3g}",
         "TPU-v4 core-hours by formula": f"{tpu_v4_core_hours(total):.3g}",
     }
     return pd.DataFrame({"value": rows})

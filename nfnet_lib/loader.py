@@ -217,7 +217,7 @@ class _Reader:
             self.busy[thread] = (index, time.monotonic())
             try:
                 image, label = many[i] if many is not None else self._one(index)
-                if image.dtype != np.uint8 or image.ndim != 3:  # NaN would become some byte
+                if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:  # NaN would become some byte
                     raise ValueError(f"pixels are {image.dtype} {list(image.shape)}; expected uint8 [H, W, 3]")
                 make(image, label if isinstance(label, tuple) else (label,), i)
             except Exception as error:  # sources are users' code: whatever they raise is about this example

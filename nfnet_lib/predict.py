@@ -4,6 +4,7 @@ import functools
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +15,14 @@ from nfnet_lib import models
 from nfnet_lib.augment import default_margin, eval_views
 from nfnet_lib.compiler import options
 from nfnet_lib.config import ConfigError, config_from_params
-from nfnet_lib.decode import FORMATS
+from nfnet_lib.decode import FORMATS, rgb
 from nfnet_lib.records import SUMMARY, read_summary
 from nfnet_lib.step import normalise
 from nfnet_lib.weights import load_weights
 
 
 def predict(
-    image: str | os.PathLike | UInt8[np.ndarray, "H W 3"], weights: str | os.PathLike,
+    image: str | os.PathLike | np.ndarray, weights: str | os.PathLike,
     labels: str | os.PathLike | None = None, *, resolution: int | None = None, top: int | None = None,
 ):  # fmt: skip
     """The likeliest classes of a picture (a file, or its pixels): a DataFrame of class, label, probability.
@@ -30,19 +31,23 @@ def predict(
 
     weights: see `weights.load_weights`. labels: a file of class names (see `read_labels`). resolution: in pixels, by
     default that at which the variant is tested (of a run of ours, its eval_resolution; of a ViT file, its own). The view is
-    that of evaluation: short side to a little more (32 px from 128 px on), then the centre. FileNotFoundError, WeightsError
-    or ConfigError for what can't be read or does not fit.
+    that of evaluation: short side to a little more (a run's eval_margin, or 32 px from 128 px on), then the centre. Of a run
+    with a sigmoid loss each class has a probability of its own. FileNotFoundError, WeightsError or ConfigError for what can't
+    be read or does not fit.
     """
     import pandas as pd
 
     pixels = image if isinstance(image, np.ndarray) else read_image(image)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise ConfigError(f"image: pixels are {pixels.dtype} {list(pixels.shape)}; expected uint8 [H, W, 3]")
     model, params, prepared = _loaded(weights, resolution)
     names = read_labels(labels, model.num_classes) if labels else [""] * model.num_classes
     top = min(5, model.num_classes) if top is None else top
     if not 1 <= top <= model.num_classes:
         raise ConfigError(f"top: {top} is out of range; allowed: 1 to {model.num_classes}, the classes of the weights")
     logits = _logits(model.variant.name, model.num_classes, tuple(sorted(model.settings.items())))
-    probabilities = np.asarray(jax.nn.softmax(logits(params, prepared([pixels]))[0]))
+    probability = jax.nn.softmax if loss_of(weights) == "softmax" else jax.nn.sigmoid
+    probabilities = np.asarray(probability(logits(params, prepared([pixels]))[0]))
     best = np.argsort(-probabilities, kind="stable")[:top]
     return pd.DataFrame(
         {"class": best, "label": [names[i] for i in best], "probability": probabilities[best].astype(float)}
@@ -72,18 +77,37 @@ def _loaded(weights: str | os.PathLike, resolution: int | None):
     variant, params = load_weights(weights)
     model = models.create(variant)
     if resolution is None:
-        resolution = variant.settings.get("image_size", model.variant.test_px)
-        if (Path(weights) / SUMMARY).is_file():
-            resolution = read_summary(weights)["config"]["eval_resolution"]
+        tested = variant.settings.get("image_size", model.variant.test_px)
+        resolution = _config_of_run(weights).get("eval_resolution", tested)
     multiple = model.variant.resolution_multiple
     if resolution < multiple or resolution % multiple:
         raise ConfigError(f"resolution: {resolution} is not a multiple of {multiple}, which {variant} needs")
 
+    margin = eval_margin(weights, resolution)
+
     def prepared(pictures):
-        views = jnp.asarray(eval_views(pictures, resolution, default_margin(resolution)))
+        views = jnp.asarray(eval_views(pictures, resolution, margin))
         return normalise(views, variant.pixels)
 
     return model, params, prepared
+
+
+def _config_of_run(weights: str | os.PathLike) -> dict[str, Any]:
+    """The parameters of a finished run of ours; {} of weights in a file."""
+    return read_summary(weights)["config"] if (Path(weights) / SUMMARY).is_file() else {}
+
+
+def eval_margin(weights: str | os.PathLike, resolution: int) -> int:
+    """Pixels by which a picture is resized beyond its crop of this resolution: a run's own, in proportion, or the default."""
+    config = _config_of_run(weights)
+    if (margin := config.get("eval_margin", -1)) < 0:
+        return default_margin(resolution)
+    return round(margin * resolution / config["eval_resolution"])
+
+
+def loss_of(weights: str | os.PathLike) -> str:
+    """That by which weights were trained, "softmax" or "sigmoid": a run's own, of files "softmax"."""
+    return _config_of_run(weights).get("loss", "softmax")
 
 
 def example_picture(
@@ -114,7 +138,7 @@ def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "H W 3"]:
         raise FileNotFoundError(f"image: {path} does not exist")
     try:
         with Image.open(path, formats=FORMATS) as image:  # Pillow has readers of more, some run programs
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            return rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # Pillow's readers raise many kinds
         raise ConfigError(f"image: {path} is not a readable picture: {error}") from None
 

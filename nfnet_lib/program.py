@@ -20,11 +20,11 @@ from jaxtyping import Array, PyTree
 from nfnet_lib import compiler, distributed, models, program_store
 from nfnet_lib.config import RunConfig
 from nfnet_lib.data import Quarantine
-from nfnet_lib.loader import Examples, eval_batches
+from nfnet_lib.loader import Examples, LoaderError, eval_batches
 from nfnet_lib.optim import make_adamw, make_optimizer
 from nfnet_lib.sharding import batch_sharding, make_mesh, place, replicated, state_shardings
 from nfnet_lib.sources import Source, original_id
-from nfnet_lib.step import Schedule, TrainState, eval_step, init_state, train_step
+from nfnet_lib.step import Schedule, TrainState, eval_step, init_state, means_of, train_step
 
 EVAL_BATCH = 128
 
@@ -205,9 +205,12 @@ def programs(values: tuple, settings: tuple, num_classes: int, labels: tuple[int
 def evaluate(
     program: Programs, config: RunConfig, source: Source, quarantine: Quarantine, params: PyTree, split: str
 ) -> dict[str, float]:
-    """{"<split>_loss", "_top1", "_top5", "_ece"}, each example that can be read counted once, over all processes."""
+    """{"<split>_loss", "_top1", "_top5", "_ece"}, each example that can be read counted once, over all processes.
+
+    LoaderError where more than the config's max_bad_fraction can't be read, or none can.
+    """
     totals: dict[str, np.ndarray] = {}
-    read, expected = 0, 0.0
+    read, lost, expected = 0, 0, 0.0
     for batch in eval_batches(
         source, batch_size=program.eval_batch, resolution=config.eval_resolution, margin=config.eval_margin,
         workers=config.loader_workers, on_bad=config.on_bad, normalise_labels=config.loss == "softmax",
@@ -215,11 +218,16 @@ def evaluate(
     ):  # fmt: skip
         sums = jax.device_get(program.evaluation(params, program.place_batch(batch.examples)))
         totals = {name: totals.get(name, 0.0) + np.asarray(value, np.float64) for name, value in sums.items()}
-        read, expected = read + len(batch.ids), expected + float(batch.weights.sum())
+        read, lost, expected = read + len(batch.ids), lost + len(batch.bad), expected + float(batch.weights.sum())
         bad = tuple(example._replace(id=original_id(source, example.id)) for example in batch.bad)
         quarantine.add(bad, "heldout" if split == "heldout" else "train")
-    read, expected = (sum(values) for values in zip(*distributed.gathered([read, expected]), strict=True))
-    if read != len(source) or totals["examples"] != expected or not expected:
+    read, lost, expected = (sum(values) for values in zip(*distributed.gathered([read, lost, expected]), strict=True))
+    if lost > max(1, config.max_bad_fraction * len(source)):  # a number of what is left would pass for one of all
+        raise LoaderError(
+            f"max_bad_fraction: {lost} of {len(source)} {split} examples can't be read, more than {config.max_bad_fraction:g}"
+        )
+    if not expected:
+        raise LoaderError(f"{source.name}: none of {len(source)} {split} examples has a label that can be read")
+    if read != len(source) or totals["examples"] != expected:
         raise RuntimeError(f"evaluated {totals['examples']:g} of {expected:g} examples, {read} of {len(source)} read")
-    means = {f"{split}_{name}": float(totals[name] / totals["examples"]) for name in ("loss", "top1", "top5")}
-    return means | {f"{split}_ece": float(np.abs(totals["calibration"]).sum() / totals["examples"])}
+    return {f"{split}_{name}": value for name, value in means_of(totals).items()}

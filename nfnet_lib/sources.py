@@ -148,6 +148,8 @@ def load_source(
     if split not in SPLITS:
         raise ValueError(f"split: {split!r} is not one of {', '.join(SPLITS)}")
     kind, _, rest = name.partition(":")
+    if split_name and (name in FRACTALS or name == "digits"):
+        raise ValueError(f"split: {split_name!r} of {name}; allowed: {', '.join(SPLITS)}, as its own are called")
     if name in FRACTALS:
         if num_examples is None:
             raise ValueError("num_examples: fractals have no end; say how many")

@@ -1,6 +1,7 @@
 """One training step and one evaluation step: pure functions, compiled and sharded elsewhere (train.py)."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -140,15 +141,18 @@ def _laid_out(w: Array) -> Array:
 def eval_step(
     params: Params, examples: Examples, *, model: Model, loss: str = "softmax", pixels: str = "imagenet"
 ) -> dict[str, Array]:
-    """Weighted sums over the batch: loss in nats, top-1 and top-5 hits, and the weight itself (0 for padding).
+    """Weighted sums over the batch: loss in nats, top-1 and top-5 hits, and the weight itself (0 for padding); labelled: the
+    weight of examples with a label, which alone can be hits. A sigmoid loss has others, too.
 
     calibration [CALIBRATION_BINS]: of the examples in each bin of the top class's probability, the sum of that probability
     minus the hits; the expected calibration error is the sum of its magnitudes over that of the weights
     (Guo et al., arXiv 1706.04599). pixels: of `normalise`.
     """
     logits = model.apply(params, normalise(examples.images, pixels))
+    labelled = jnp.any(examples.label_weights > 0, axis=-1)
     each = {
         "loss": example_loss(logits, examples, loss, 0.0),
+        "labelled": labelled.astype(examples.weights.dtype),
         "top1": in_top(logits, examples.labels, 1, examples.label_weights),
         "top5": in_top(logits, examples.labels, 5, examples.label_weights),
         "examples": jnp.ones_like(examples.weights),
@@ -157,7 +161,14 @@ def eval_step(
     confidence = jnp.max(jax.nn.softmax(logits) if loss == "softmax" else jax.nn.sigmoid(logits), axis=-1)
     bins = jnp.minimum(jnp.floor(confidence * CALIBRATION_BINS), CALIBRATION_BINS - 1)
     member = bins[:, None] == jnp.arange(CALIBRATION_BINS)
-    return sums | {"calibration": ((confidence - each["top1"]) * examples.weights) @ member}
+    return sums | {"calibration": ((confidence - each["top1"]) * examples.weights * labelled) @ member}
+
+
+def means_of(sums: Mapping[str, Any]) -> dict[str, float]:
+    """loss, top1, top5 and ece of sums of `eval_step` over a set: the loss of all examples, the others of those with labels."""
+    labelled = max(float(sums["labelled"]), 1.0)
+    means = {name: float(sums[name]) / labelled for name in ("top1", "top5")}
+    return {"loss": float(sums["loss"] / sums["examples"])} | means | {"ece": float(abs(sums["calibration"]).sum()) / labelled}
 
 
 def example_loss(

@@ -133,8 +133,13 @@ def cost(
     chip, chips = parse_topology(topology)
     devices = chips * chip.devices
     for name, value in (("epochs", epochs), ("examples", examples), ("global_batch", global_batch)):
-        if not value > 0:
-            raise ConfigError(f"{name}: {value} is not above 0")
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{name}: {value} is not above 0, or has no end")
+    if num_classes < 1:
+        raise ConfigError(f"num_classes: {num_classes} is not at least 1")
+    multiple = architecture.resolution_multiple
+    if resolution < multiple or resolution % multiple:
+        raise ConfigError(f"resolution: {resolution} is not a multiple of {multiple}, which {variant} needs")
     if global_batch % devices:
         raise ConfigError(f"global_batch: {global_batch} does not divide among the {devices} devices of {topology}")
     steps, images = max(1, round(epochs * examples / global_batch)), global_batch // devices

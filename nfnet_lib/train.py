@@ -54,7 +54,7 @@ def run(config: RunConfig, out_dir: str | Path, *, cache_dir: str | Path | None 
         return summary
     if config.dtype == "bfloat16" and jax.default_backend() == "cpu":
         print("note: bfloat16 activations are emulated on CPU, and slow", file=sys.stderr)
-    _refuse_devices(config, jax.device_count())
+    _refuse_devices(config, jax.device_count(), jax.process_count())
     train_source, heldout_source = load_sources(config)
     _refuse_disagreement(config, train_source.fingerprint, heldout_source.fingerprint)
     sampler, initial = make_sampler(config, train_source), None
@@ -288,11 +288,16 @@ def _finished(out_dir: Path) -> dict | None:
     return read_summary(out_dir) if distributed.is_primary() and (out_dir / SUMMARY).exists() else None
 
 
-def _refuse_devices(config: RunConfig, devices: int) -> None:
+def _refuse_devices(config: RunConfig, devices: int, processes: int) -> None:
     if config.batch_size % (devices * config.augmult):
         raise ConfigError(
             f"batch_size: {config.batch_size} does not divide among {devices} devices with augmult={config.augmult} views of an"
             f" example on one; allowed: multiples of {devices * config.augmult}"
+        )
+    own = config.unique_per_step // processes
+    if (config.mixup_alpha or config.cutmix) and own % 2:
+        raise ConfigError(
+            f"batch_size: {own} examples a step in each of {processes} processes can't be mixed in pairs; allowed: even numbers"
         )
 
 
@@ -315,6 +320,8 @@ def _refuse_other(config: RunConfig, out_dir: Path) -> None:
                     f"{name}: {now.get(name)!r}, but {out_dir.name} holds a run with {before.get(name)!r}; "
                     "choose another output folder"
                 )
+    if (out_dir / SUMMARY).exists() and read_summary(out_dir)["config_hash"] != config.config_hash:
+        raise ConfigError(f"out_dir: {out_dir.name} holds a finished run of other parameters; choose another output folder")
 
 
 def _compilation_cache(folder: Path) -> None:
@@ -356,6 +363,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=0, help="with --coordinator: how many")
     parser.add_argument("--process-id", type=int, default=-1, help="with --coordinator: which this one is, from 0")
     arguments = parser.parse_args(argv)
+    if not arguments.coordinator and (arguments.processes or arguments.process_id >= 0):
+        parser.error("--processes and --process-id need --coordinator")
     try:
         if arguments.distributed or arguments.coordinator:
             distributed.start(arguments.coordinator, arguments.processes, arguments.process_id)

@@ -1,5 +1,8 @@
 """Evaluation of finished weights: exact shares with a head that always says the same, classes matched by name."""
 
+import dataclasses
+import shutil
+
 import cv2
 import jax
 import jax.numpy as jnp
@@ -11,7 +14,9 @@ from released import rule_params
 from nfnet_lib import evaluate, models
 from nfnet_lib.cli import main
 from nfnet_lib.config import ConfigError
+from nfnet_lib.loader import Examples
 from nfnet_lib.pretrained import save_deepmind
+from nfnet_lib.step import eval_step, means_of
 
 WORDNET = ("n01440764", "n01443537", "n02119022", "n15075141")  # ImageNet's classes 0, 1, 277 and 999
 
@@ -134,3 +139,35 @@ def test_what_does_not_fit_is_refused(tmp_path, capsys):
     assert evaluate.sweep_resolutions(weights, "64, 32") == [64, 32]
     with pytest.raises(ConfigError, match="resolutions: 'x' is not"):
         evaluate.sweep_resolutions(weights, "x")
+
+
+def test_with_a_sigmoid_loss_examples_without_a_label_count_for_the_loss_alone():
+    """They are negatives of every class; there is nothing of which they could be a hit."""
+    logits = 5 * jax.nn.one_hot(jnp.asarray([0, 1, 2, 3]), 4) - 2
+
+    class Says(models.Model):
+        def apply(self, *_):
+            return logits
+
+    model = Says(**{field.name: getattr(models.create("F0-pico", 4), field.name) for field in dataclasses.fields(models.Model)})
+    examples = Examples(
+        jnp.zeros((4, 8, 8, 3), jnp.uint8), jnp.asarray([[0], [1], [0], [0]]),
+        jnp.asarray([[1.0], [1.0], [0.0], [0.0]]), jnp.ones(4),
+    )  # fmt: skip
+    means = means_of(eval_step({}, examples, model=model, loss="sigmoid"))
+    assert means["top1"] == means["top5"] == 1
+    assert means["ece"] == pytest.approx(1 - 1 / (1 + np.exp(-3)), rel=1e-5)
+    positive, negative = np.log1p(np.exp(-3)), np.log1p(np.exp(-2))
+    expected = (2 * (positive + 3 * negative) + 2 * (np.log1p(np.exp(3)) + 3 * negative)) / 4
+    assert means["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_example_that_can_not_be_read_is_left_out_whatever_competes(tmp_path, imagenet_like):
+    root = tmp_path / "set"
+    shutil.copytree(imagenet_like.removeprefix("folder:").removesuffix("@val"), root)
+    (root / "val" / WORDNET[0] / "junk.png").write_bytes(b"junk")
+    (root / "val" / WORDNET[0] / "link.png").symlink_to(tmp_path / "nowhere.png")
+    weights = always(tmp_path / "w.npz", 1000, 277, 500, 1)
+    for classes in ("all", "present"):
+        row = evaluate.evaluate_weights(weights, f"folder:{root}@val", [32], classes=classes, progress=False).iloc[0]
+        assert row["examples"] == 10 and row["top1"] == pytest.approx(0.4)

@@ -64,6 +64,12 @@ def test_a_head_is_kept_where_the_classes_are_the_same(weights, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+def test_numbers_that_arrive_as_text_are_numbers(weights):
+    """YAML 1.1 reads 1e2 as text."""
+    config = finetune_config(weights, "digits", selection_examples="1e2", heldout_examples="5e1")
+    assert (config.selection_examples, config.heldout_examples, config.examples_per_epoch) == (100, 50, 1337)
+
+
 def test_what_does_not_fit_is_said_before_anything_is_written(weights, tmp_path, capsys):
     tiny = {"dataset": "digits", "examples_per_epoch": 64, "heldout_examples": 16, "batch_size": 32}
     for params, words in (
@@ -82,6 +88,8 @@ def test_what_does_not_fit_is_said_before_anything_is_written(weights, tmp_path,
         (["--weights", str(weights), "--data", "digit"], "unknown 'digit'; did you mean digits"),
         (["--weights", str(weights), "--data", "digits", "-p", "resolutoin=32"], "did you mean resolution"),
         (["--weights", str(weights), "--data", "digits", "-p", "resolution"], "is not NAME=VALUE"),
+        (["--weights", str(weights), "--data", "digits", "-p", "batch_size=16"], "has an option of its own, --batch-size"),
+        (["--weights", str(weights), "--data", "digits", "-p", "dataset=fractals"], "dataset has an option of its own, --data"),
     ):
         assert main(["finetune", *arguments, *out]) == 2
         assert words in capsys.readouterr().err

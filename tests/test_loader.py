@@ -21,10 +21,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nfnet_lib import decode, loader
+from nfnet_lib.config import PretrainConfig
 from nfnet_lib.data import Quarantine
 from nfnet_lib.decode import decode_image
 from nfnet_lib.loader import BadExample, LoaderError, eval_batches, train_batches
+from nfnet_lib.program import Programs, evaluate
 from nfnet_lib.sampler import ExactlyOnceSampler
+from nfnet_lib.sharding import make_mesh
 from nfnet_lib.sources import ArraySource, load_source
 
 FULL = {"mixup_alpha": 0.2, "cutmix": True, "randaugment_layers": 2}
@@ -464,3 +467,53 @@ def test_the_quarantine_is_written_once_each_and_stops_above_its_share(tmp_path)
 def test_bad_requests(options, words):
     with pytest.raises(ValueError, match=words):
         next(train_batches(numbered(50), ExactlyOnceSampler(50, 1), resolution=8, seed=0, **options))
+
+
+def bad_heldout(bad, of):
+    """A source of which so many examples can't be read, and what `evaluate` makes of it, with a model that knows nothing."""
+
+    class Torn:
+        name, num_classes, fingerprint = "torn", 4, "torn"
+
+        def __len__(self):
+            return of
+
+        def __getitem__(self, index):
+            if index < bad:
+                raise ValueError("torn")
+            return np.zeros((16, 16, 3), np.uint8), 0
+
+    def sums(_, examples):
+        total = float(examples.weights.sum())
+        return {"loss": total, "top1": 0.0, "top5": 0.0, "examples": total, "labelled": total, "calibration": np.zeros(15)}
+
+    config = PretrainConfig(resolution=16, eval_resolution=16)
+    program = Programs(make_mesh(), None, None, None, sums, 8)
+    return evaluate(program, config, Torn(), Quarantine(None, 2000, 0.001), None, "heldout")
+
+
+def test_held_out_numbers_are_never_of_a_fragment_of_the_set():
+    """A mount that breaks during the last evaluation must not become a finished run."""
+    assert bad_heldout(1, 30)["heldout_loss"] == 1
+    with pytest.raises(LoaderError, match=r"max_bad_fraction: 2 of 30 heldout examples can't be read, more than 0\.001"):
+        bad_heldout(2, 30)
+    assert bad_heldout(3, 3000)["heldout_loss"] == 1
+    with pytest.raises(LoaderError, match="torn: none of 1 heldout examples"):
+        bad_heldout(1, 1)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_pixels_that_are_not_rgb_are_bad_examples(channels):
+    """OpenCV would leave the view as it was: black, or whatever was there."""
+
+    class Own:
+        name, num_classes, fingerprint = "own", 2, "own"
+
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, index):
+            return np.full((20, 20, channels), 90, np.uint8), 0
+
+    (batch,) = eval_batches(Own(), batch_size=8, resolution=16)
+    assert len(batch.bad) == 8 and not batch.weights.any() and f"[20, 20, {channels}]" in batch.bad[0].reason

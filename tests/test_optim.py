@@ -110,3 +110,10 @@ def test_losses_match_optax_and_numpy():
             in_top(logits, labels, k), [label in row[:k] for label, row in zip(labels, order, strict=True)]
         )
     assert not in_top(jnp.zeros((1, 9)), jnp.zeros(1, jnp.int32), 5).any(), "a constant model has no hits"
+
+
+def test_scores_that_are_no_numbers_are_no_hits():
+    logits = jnp.asarray([[jnp.nan] * 9, [jnp.nan, *range(8)], [*range(8), jnp.nan]])
+    labels = jnp.asarray([0, 8, 8])
+    assert in_top(logits, labels, 1).tolist() == [False, False, False]
+    assert in_top(logits, labels, 5).tolist() == [False, True, False]

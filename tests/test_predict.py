@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import synthetic
 from PIL import Image
 from released import rule_params
 from sklearn.datasets import load_sample_image
@@ -15,7 +16,8 @@ from nfnet_lib import models
 from nfnet_lib.augment import default_margin, eval_views
 from nfnet_lib.cli import main
 from nfnet_lib.config import ConfigError
-from nfnet_lib.predict import predict, read_image, read_labels
+from nfnet_lib.decode import decode_image
+from nfnet_lib.predict import eval_margin, loss_of, predict, read_image, read_labels
 from nfnet_lib.pretrained import save_deepmind
 from nfnet_lib.step import normalise
 
@@ -120,3 +122,27 @@ def test_a_run_folder_is_weights_too(tmp_path):
 def test_fewer_than_five_classes_are_all_listed(tmp_path):
     save_deepmind(rule_params(models.create("F0-mini", 3)), "F0-mini", tmp_path / "weights.npz")
     assert len(predict(np.zeros((40, 40, 3), np.uint8), tmp_path / "weights.npz", resolution=32)) == 3
+
+
+def test_sixteen_bit_pictures_are_scaled_as_in_training(tmp_path):
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    pixels = read_image(tmp_path / "deep.png")
+    np.testing.assert_array_equal(pixels, decode_image((tmp_path / "deep.png").read_bytes()))
+    assert len(np.unique(pixels)) > 50
+
+
+def test_pixels_that_are_not_rgb_are_refused(files):
+    folder, _ = files
+    for shape in ((64, 64), (64, 64, 1), (64, 64, 4)):
+        with pytest.raises(ConfigError, match=r"image: pixels are uint8 .*; expected uint8 \[H, W, 3\]"):
+            predict(np.zeros(shape, np.uint8), folder / "weights.npz")
+
+
+def test_a_run_s_margin_and_loss_are_those_of_its_evaluation(tmp_path):
+    config = {"eval_margin": 6, "eval_resolution": 24, "loss": "sigmoid"}
+    synthetic.write_runs(tmp_path, [synthetic.summary("own", config=config), synthetic.summary("plain")])
+    own = tmp_path / "own"
+    assert (eval_margin(own, 24), eval_margin(own, 48), loss_of(own)) == (6, 12, "sigmoid")
+    assert (eval_margin(tmp_path / "plain", 32), loss_of(tmp_path / "plain")) == (default_margin(32), "softmax")
+    assert eval_margin(tmp_path / "weights.npz", 256) == 32

@@ -112,6 +112,8 @@ def test_short_stages_are_kept_whole_as_long_as_that_fits():
     "wrong,words",
     [
         ({"variant": "F9"}, "unknown 'F9'"), ({"epochs": 0}, "epochs: 0 is not above 0"), ({"examples": -1}, "examples: -1"),
+        ({"epochs": float("inf")}, "epochs: inf"), ({"num_classes": 0}, "num_classes: 0"),
+        ({"resolution": 200}, r"resolution: 200 is not a multiple of 32, which F0 needs"),
         ({"global_batch": 100}, "global_batch: 100 does not divide among the 64 devices of v4:4x4x4"),
     ],
 )  # fmt: skip
@@ -127,6 +129,7 @@ def test_the_command_prints_steps_memory_and_the_bill(capsys):
     out = capsys.readouterr().out
     assert "1,250 steps" in out and "4 chips" in out and "$2 a chip-hour" in out and "core-hours" in out
     assert main([*line[:-1], "v4:2x2"]) == 2 and "topology: 'v4:2x2'" in capsys.readouterr().err
+    assert main([*line, "--price", "-2"]) == 2 and "price: -2 dollars" in capsys.readouterr().err
 
 
 PROGRAM = """HloModule jit_step, is_scheduled=true

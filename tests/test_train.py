@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 from nfnet_lib import compiler, flops, models, tuning
 from nfnet_lib.checkpoint import CheckpointError, Checkpoints
 from nfnet_lib.config import ConfigError, FinetuneConfig, PretrainConfig
+from nfnet_lib.evaluate import evaluate_weights
 from nfnet_lib.loader import Examples
 from nfnet_lib.optim import make_optimizer
 from nfnet_lib.program import PROGRAM_PARAMETERS, programs
@@ -284,3 +286,40 @@ def test_a_vit_learns_with_adamw_and_is_fine_tuned_at_a_higher_resolution(tmp_pa
     other = tuned.model_copy(update={"pool": "map"})
     with pytest.raises(ConfigError, match="pool: 'map' is not that of"):
         run(other, tmp_path / "other", cache_dir=cache, progress=False)
+
+
+@pytest.mark.parametrize("changed", [{}, {"eval_margin": 0, "loss": "sigmoid", "eval_resolution": 24}])
+def test_nfnet_evaluate_repeats_what_a_run_said_of_itself(changed, cache, finished, tmp_path):
+    """With the margin and the loss that the run was evaluated with."""
+    folder, summary = finished[1:]
+    if changed:
+        folder = tmp_path / "run"
+        summary = run(PretrainConfig(**TINY | changed), folder, cache_dir=cache, progress=False)
+    row = evaluate_weights(folder, classes="all", progress=False).iloc[0]
+    for name in ("loss", "top1", "top5", "ece"):
+        assert row[name] == pytest.approx(summary[f"heldout_{name}"], rel=1e-5, abs=1e-6), name
+
+
+def test_a_summary_of_other_parameters_is_not_taken_for_this_run_s(finished, tmp_path):
+    config, folder, summary = finished
+    mine = tmp_path / "run"
+    shutil.copytree(folder, mine)
+    (mine / "params.json").unlink()
+    assert run(config, mine, progress=False) == summary
+    with pytest.raises(ConfigError, match="out_dir: run holds a finished run of other parameters"):
+        run(config.model_copy(update={"peak_lr": 0.1}), mine, progress=False)
+
+
+def test_each_process_mixes_pairs_of_its_own():
+    from nfnet_lib.train import _refuse_devices
+
+    config = PretrainConfig(**TINY | {"batch_size": 6, "examples_per_epoch": 60, "cutmix": True})
+    _refuse_devices(config, 1, 1)
+    with pytest.raises(ConfigError, match="batch_size: 3 examples a step in each of 2 processes"):
+        _refuse_devices(config, 2, 2)
+
+
+def test_processes_without_a_coordinator_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "params.json"), "--out", str(tmp_path / "out"), "--processes", "2", "--process-id", "0"])
+    assert "need --coordinator" in capsys.readouterr().err and not (tmp_path / "out").exists()

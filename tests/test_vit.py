@@ -135,6 +135,22 @@ def test_a_big_vision_checkpoint_gives_its_logits(tmp_path, name, pool, position
     np.testing.assert_allclose(logits, wanted, atol=2e-5 * float(jnp.std(wanted)) + 1e-5)
 
 
+def test_an_optimizer_s_moments_beside_the_weights_are_not_taken_for_them(tmp_path):
+    def with_moments(flat):
+        return {f"opt/0/mu/{name.removeprefix('params/')}": np.zeros_like(value) for name, value in flat.items()} | flat
+
+    def moments_alone(flat):
+        return {name.replace("params/", f"opt/0/{m}/"): value for name, value in flat.items() for m in ("mu", "nu")}
+
+    checkpoint(tmp_path / "vit.npz", "Ti/4-mini")
+    checkpoint(tmp_path / "whole.npz", "Ti/4-mini", edit=with_moments)
+    wanted, found = (load_big_vision(tmp_path / name)[1] for name in ("vit.npz", "whole.npz"))
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    checkpoint(tmp_path / "moments.npz", "Ti/4-mini", edit=moments_alone)
+    with pytest.raises(WeightsError, match="which are the weights, of 'opt/0/mu/', 'opt/0/nu/'"):
+        load_big_vision(tmp_path / "moments.npz")
+
+
 def test_old_stacked_and_half_precision_files_are_read(tmp_path):
     images, wanted = checkpoint(tmp_path / "a.npz", "S/4-mini", pool="tok", prefix="")
 
