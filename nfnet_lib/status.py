@@ -13,6 +13,7 @@ from nfnet_lib.records import (
     PARAMS,
     SUMMARY,
     RecordError,
+    diverged,
     existing_folder,
     metric_lines,
     read_summary,
@@ -33,6 +34,7 @@ def status_table(path: str | os.PathLike, alive_seconds: int | float = 300) -> "
         done         summary.json is there and sound
         damaged      summary.json or metrics.jsonl is there but cannot be trusted; `message` says why
         failed       failure.json is there and nothing was written to metrics.jsonl after it; `message` is its error
+        diverged     the same of a loss that was not finite any more: a learning rate that was tried and is too high
         running      none of these; a process of this machine holds its lock, or, where another machine's does or none is named,
                      some file of the folder was written in the last `alive_seconds`
         unfinished   none of these: interrupted, will resume
@@ -62,7 +64,7 @@ def _status(folder: Path, root: Path, alive_seconds: int | float) -> dict[str, A
         if (folder / SUMMARY).is_file():
             row |= {"state": "done", "step": read_summary(folder).get("steps", row.get("step"))}
         elif failure.is_file() and not (metrics.is_file() and metrics.stat().st_mtime > failure.stat().st_mtime + 1):
-            row |= {"state": "failed", "message": failure_message(failure)}
+            row |= {"state": "diverged" if diverged(folder) else "failed", "message": failure_message(failure)}
         else:
             lock, alive = holder(folder), held(folder)
             if alive or (alive is None and age < alive_seconds):

@@ -365,6 +365,11 @@ FAULTS = {
             ("test_loader.py::test_the_quarantine_is_written_once_each_and_stops_above_its_share",),
         ),
         Fault(
+            "held-out examples can't be read any more when a run is evaluated",
+            "more than 0.1 %, or all: the run stops and says so; never a number of what is left",
+            ("test_loader.py::test_held_out_numbers_are_never_of_a_fragment_of_the_set",),
+        ),
+        Fault(
             "ArrayRecord shards are missing, cut, empty, bit-flipped",
             "refused when opened, naming the shard; a flip costs the examples that it hits",
             (

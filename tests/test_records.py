@@ -151,20 +151,21 @@ def test_results_csv_reads_back_exactly(study, tmp_path):
 # ------------------------------------------------------------------------------------------------------------- status
 
 
-def test_status_tells_the_five_states_apart(tmp_path):
+def test_status_tells_the_six_states_apart(tmp_path):
     synthetic.write_runs(tmp_path, [synthetic.summary("done", steps=390), synthetic.summary("harmed")])
     (tmp_path / "harmed" / "summary.json").write_text("{")
-    for name in ("running", "stopped", "failed", "resumed"):
+    for name in ("running", "stopped", "failed", "lost", "resumed"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.5}\n{"step"')
     for name in ("failed", "resumed"):
         files.write_json(tmp_path / name / "failure.json", {"error": "loss is nan", "traceback": ""})
+    files.write_json(tmp_path / "lost" / "failure.json", {"error": "loss is nan", "diverged": True})
     os.utime(tmp_path / "stopped" / "metrics.jsonl", (1e9, 1e9))
     os.utime(tmp_path / "resumed" / "failure.json", (1e9, 1e9))
     table = status.status_table(tmp_path).set_index("path")
     assert table["state"].to_dict() == {
         "done": "done", "harmed": "damaged", "running": "running", "stopped": "unfinished", "failed": "failed",
-        "resumed": "running",
+        "lost": "diverged", "resumed": "running",
     }  # fmt: skip
     assert table.loc["running", ["step", "loss"]].tolist() == [2, 2.5]
     assert table.loc["done", "step"] == 390
