@@ -388,6 +388,11 @@ class StudyConfig(BaseModel):
                     f"variant_epoch_budgets: {variant}: {budgets}; allowed: budgets without repeats, for some of"
                     f" {', '.join(self.variants)}"
                 )
+        if self.comparison_seeds and (self.finetune is None or 1 not in self.finetune_augmults or self.tpu_slice):
+            raise ConfigError(
+                f"comparison_seeds: {self.comparison_seeds}; allowed: 0, or else with finetune, 1 among finetune_augmults,"
+                " and no tpu_slice"
+            )
         for variant in self.finetune_variants:
             try:
                 get_variant(variant)
@@ -417,7 +422,9 @@ class StudyConfig(BaseModel):
     def learning_rates(self, variant: str) -> tuple[list[float], dict[float, float]]:
         """(lr_grid, lr_start) of a variant: its family's, or the study's."""
         own = self._family(variant)
-        return (own.lr_grid, own.lr_start) if own.lr_grid else (self.lr_grid, self.lr_start)
+        if own.lr_grid:
+            return own.lr_grid, own.lr_start
+        return self.lr_grid, own.lr_start or self.lr_start
 
     def _family(self, variant: str) -> FamilyConfig:
         try:

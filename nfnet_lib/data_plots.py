@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pandas as pd
+from jaxtyping import UInt8
 from matplotlib.figure import Figure
 
 from nfnet_lib.loader import train_batches
@@ -34,6 +35,14 @@ def labels_of(source: Source, most: int = LABELS_READ, *, skip_bad: bool = False
             if not skip_bad:
                 raise
     return [label if isinstance(label, tuple) else (int(label),) for label in labels]
+
+
+def picture(source: Source, index: int) -> UInt8[np.ndarray, "H W 3"]:
+    """An example's pixels; a grey square where they can't be read, as training leaves such examples out."""
+    try:
+        return source[index][0]
+    except Exception:  # sources are users' code: whatever they raise is about this example
+        return np.full((8, 8, 3), 128, np.uint8)
 
 
 def class_name(source: Source, label: int) -> str:
@@ -85,7 +94,7 @@ def classes_sheet(source: Source, size: int = 64, columns: int = 12) -> Figure:
 def _squares(source: Source, ids: list[int], size: int) -> np.ndarray:
     import cv2
 
-    images = [np.ascontiguousarray(source[i][0]) for i in ids]
+    images = [np.ascontiguousarray(picture(source, i)) for i in ids]
     return np.stack([cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA) for image in images])
 
 

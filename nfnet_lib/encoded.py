@@ -331,9 +331,11 @@ def _tar_index(shard: Path) -> list[tuple[int, int, int]]:
                 if f".{suffix.lower()}" in IMAGE_SUFFIXES:
                     images[key] = (member.offset_data, member.size)
                 elif suffix in ("cls", "json") and member.size < 2**20:
-                    text = archive.extractfile(member).read()
-                    value = json.loads(text)
-                    labels[key] = int(value["label"] if isinstance(value, dict) else value)
+                    value = json.loads(archive.extractfile(member).read())
+                    if not isinstance(value, dict):
+                        labels[key] = int(value)
+                    elif "label" in value:  # a .json may also hold other things; a .cls is the label
+                        labels.setdefault(key, int(value["label"]))
         size = shard.stat().st_size
     except (OSError, tarfile.TarError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"dataset: shard {shard.name} can't be read: {error}") from None

@@ -184,7 +184,9 @@ def _source(weights: str | os.PathLike, dataset: str, num_examples: int | None, 
         return open_set(dataset, "heldout", data_dir, num_examples)
     if not (Path(weights) / PARAMS).is_file():
         raise ConfigError("dataset: '' is none; name one, as these weights are no run's")
-    return load_sources(config_from_params(read_summary(weights)["config"]))[1]
+    config = config_from_params(read_summary(weights)["config"])
+    changed = {"heldout_examples": num_examples, "data_dir": data_dir}
+    return load_sources(config.model_copy(update={name: value for name, value in changed.items() if value is not None}))[1]
 
 
 def _among_present(params, mapping: np.ndarray, source: Source):

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
-from nfnet_lib.data_plots import class_name, labels_of
+from nfnet_lib.data_plots import class_name, labels_of, picture
 from nfnet_lib.sources import Source
 
 PAGE = 24  # pictures
@@ -29,7 +29,7 @@ def browse(source: Source):
     def page(number: int) -> UInt8[np.ndarray, "H W 3"]:
         ids = chosen()[number * PAGE : (number + 1) * PAGE]
         captions = [f"{i}: {', '.join(class_name(source, label) for label in labels[i])}" for i in ids]
-        return tiles([source[i][0] for i in ids], captions)
+        return tiles([picture(source, i) for i in ids], captions)
 
     return _pager(page, lambda: len(chosen()), choice)
 

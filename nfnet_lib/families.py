@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def family_cells(df: "pd.DataFrame", compute: str = "train_flops") -> "pd.DataFrame":
     """The best run of each cell (`scaling.best_per_cell`, by held-out loss), one row each.
 
-    Columns: family ("NFNet", "ViT"), variant, epoch_budget, best_lr, lr_is_interior, num_lrs (tried), `compute`,
+    Columns: family ("NFNet", "ViT"), variant, epoch_budget, best_lr, lr_is_interior, num_lrs (tried), num_seeds, `compute`,
     heldout_loss, top1_error_percent, standard_error (of that, binomial, in points), on_frontier (of its family, by error).
     """
     import pandas as pd
@@ -37,8 +37,8 @@ def family_cells(df: "pd.DataFrame", compute: str = "train_flops") -> "pd.DataFr
         table.loc[part.index, "on_frontier"] = frontier(
             part[compute].to_numpy(dtype=float), part["top1_error_percent"].to_numpy(dtype=float)
         )
-    columns = ["family", "variant", "epoch_budget", "best_lr", "lr_is_interior", "num_lrs", compute, "heldout_loss"]
-    return table[[*columns, "top1_error_percent", "standard_error", "on_frontier"]].reset_index(drop=True)
+    columns = ["family", "variant", "epoch_budget", "best_lr", "lr_is_interior", "num_lrs", "num_seeds", compute]
+    return table[[*columns, "heldout_loss", "top1_error_percent", "standard_error", "on_frontier"]].reset_index(drop=True)
 
 
 def compare_families(
@@ -88,8 +88,9 @@ def sentences(cells: "pd.DataFrame", comparison: "pd.DataFrame") -> list[str]:
         f"{np.exp(np.log(ratio).mean()):.2f}).",
         f"At {len(comparison)} values of compute {first}s are lower by more than twice the sampling error of the held-out "
         f"set at {lower[first]}, {second}s at {lower[second]}; at {int((~clear).sum())} they can't be told apart.",
-        f"Learning rates tried a cell, on average: {effort}. One seed a run: what another seed would change is not in the "
-        "sampling error.",
+        f"Learning rates tried a cell, on average: {effort}. "
+        + ("One seed a run" if cells["num_seeds"].eq(1).all() else "Means over seeds")
+        + ": what another seed would change is not in the sampling error.",
     ]
     edge = cells[~cells["lr_is_interior"]]
     if len(edge):

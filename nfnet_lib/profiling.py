@@ -56,9 +56,8 @@ class StepProfile(NamedTuple):
     def sentence(self) -> str:
         """Images/s, and FLOP/s beside those of a matrix product."""
         config = self.config
-        macs = flops.forward_macs(config.architecture, config.resolution, config.num_classes)
-        passes = 2 if config.rho > 0 else 1  # SAM's second gradient
-        rate = 6 * macs * config.batch_size * passes / self.step_ms * 1e3
+        step = flops.train_flops(flops.run_macs(config), config.batch_size, config.rho, config.ascent_fraction)
+        rate = step / self.step_ms * 1e3
         return (
             f"{config.variant}, {config.batch_size} views of {config.resolution} px, {config.dtype},"
             f" {jax.devices()[0].device_kind}: {self.step_ms:.1f} ms a step, {config.batch_size / self.step_ms * 1e3:.0f}"
@@ -109,6 +108,7 @@ def profile_step(config: RunConfig, *, steps: int = 5, trace_dir: str | Path | N
     if not events:
         raise ConfigError(f"profile: no operation of the step is in the trace of {jax.devices()[0].device_kind}")
     operations = operation_table(events, program.step.wait().as_text(), steps)
+    config = config.model_copy(update={"num_classes": classes})  # of the program
     return StepProfile(config, operations, float(np.median(seconds[2:])) * 1e3, _matmul_flops(jnp.dtype(config.dtype)))
 
 

@@ -224,7 +224,8 @@ def evaluate(
     read, lost, expected = (sum(values) for values in zip(*distributed.gathered([read, lost, expected]), strict=True))
     if lost > max(1, config.max_bad_fraction * len(source)):  # a number of what is left would pass for one of all
         raise LoaderError(
-            f"max_bad_fraction: {lost} of {len(source)} {split} examples can't be read, more than {config.max_bad_fraction:g}"
+            f"max_bad_fraction: {lost} of {len(source)} {split} examples can't be read, more than {config.max_bad_fraction:g};"
+            " once they can, the same run goes on from its last checkpoint"
         )
     if not expected:
         raise LoaderError(f"{source.name}: none of {len(source)} {split} examples has a label that can be read")

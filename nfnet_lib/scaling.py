@@ -54,7 +54,7 @@ __all__ = [
 
 _VITS = ("Ti", "S", "B", "L", "So400m", "g", "G")
 CELL = ("variant", "epoch_budget")
-# In what runs of one cell and rate may differ: the seed, and what changes how a run is made but not what comes out.
+# In what runs of one cell may differ: the rate, the seed, and what changes how a run is made but not what comes out.
 _NOT_RECIPE = {*CELL, "kind", "peak_lr", "seed", "data_dir", "sharding", "remat", "unroll", "loader_workers", "on_bad",
                "max_bad_fraction", "checkpoints", "log_points"}  # fmt: skip
 _RECIPE = tuple(name for name in PretrainConfig.model_fields if name not in _NOT_RECIPE)
@@ -146,8 +146,8 @@ def losses_by_rate(runs: "pd.DataFrame", loss: str = "heldout_loss") -> "pd.Seri
 
 
 def _refuse_what_is_no_run(runs: "pd.DataFrame", compute: str, loss: str) -> None:
-    """ValueError for keys and computes that are missing or not positive, losses that no run has, and runs of one cell and rate
-    that differ in more than their seed."""
+    """ValueError for keys and computes that are missing or not positive, losses that no run has, and runs of one cell
+    that differ in more than their rate and seed."""
     import pandas as pd
 
     if runs["variant"].isna().any():
@@ -160,11 +160,11 @@ def _refuse_what_is_no_run(runs: "pd.DataFrame", compute: str, loss: str) -> Non
         if wrong.any():
             raise ValueError(f"{name} must be above 0, but is {values[wrong][0]} in {wrong.sum()} of {len(runs)} runs")
     recipe = [name for name in _RECIPE if name in runs]
-    for (variant, epochs, lr), same in runs.groupby([*CELL, "peak_lr"]) if recipe else ():
+    for (variant, epochs), same in runs.groupby(list(CELL)) if recipe else ():
         if different := [name for name in recipe if len(same) > 1 and same[name].nunique(dropna=False) > 1]:
             values = ", ".join(map(str, same[different[0]].unique()))
-            raise ValueError(f"{different[0]}: {values} in runs of {variant} at {counted(epochs, 'epoch')} and rate {lr:g};"
-                             " runs of one cell and rate may differ in their seed only")  # fmt: skip
+            raise ValueError(f"{different[0]}: {values} in runs of {variant} at {counted(epochs, 'epoch')};"
+                             " runs of one cell may differ in their rate and seed only")  # fmt: skip
 
 
 def _by_variant(table: "pd.DataFrame", *then: str) -> "pd.DataFrame":

@@ -97,7 +97,8 @@ def _graph(study: StudyConfig, study_dir: Path) -> list[Step]:
     tuned = _finetuning_steps(study, study_dir, of_cell)
     if study.comparison_seeds and (compared := [step for step in tuned if step.name.endswith("_ra1")]):
         origins = [cell for cell in cells if cell.variant == study.variants[0]]
-        comparison = _comparison_step(study, study_dir, compared[0].name, origins)
+        needs = (compared[0].name, *(name for cell in origins for name in of_cell[cell]))
+        comparison = _comparison_step(study, study_dir, needs, origins)
         tuned = [compared[0], comparison, *(step for step in tuned if step is not compared[0])]  # the longest chain first
     pretraining = tuple(name for names in of_cell.values() for name in names)
     early = [name for name in study.notebooks if name == "01_architecture"]  # it shows the best pre-training run
@@ -174,18 +175,22 @@ def _finetuning_steps(study: StudyConfig, study_dir: Path, of_cell: dict[Pretrai
     return steps
 
 
-def _comparison_step(study: StudyConfig, study_dir: Path, needs: str, origins: list[PretrainCell]) -> Step:
+def _comparison_step(study: StudyConfig, study_dir: Path, needs: tuple[str, ...], origins: list[PretrainCell]) -> Step:
     """Ways of fine-tuning the first variant, in the notebook of its run, executed once more."""
 
     def make() -> Work | str:
+        from nfnet_lib.comparison import ARMS
+
         config = _winner(study, study_dir, origins, study.variants[0], 1)
         if isinstance(config, str):
             return config
         parameters = config.model_dump(mode="json", exclude={"kind"}) | _shown(study, study_dir, "03_finetune")
         parameters["comparison_seeds"] = study.comparison_seeds
-        return _notebook(study, study_dir, "03_finetune", parameters, study.platform)
+        work = _notebook(study, study_dir, "03_finetune", parameters, study.platform)
+        timeout = work.options["timeout"] * (1 + len(ARMS) * study.comparison_seeds)  # all its runs, one after the other
+        return work._replace(options=work.options | {"timeout": timeout, "gpu_share": study.gpus_per_run})
 
-    return Step("03_finetune", (needs,), make, _executed("03_finetune"))
+    return Step("03_finetune", needs, make, _executed("03_finetune"))
 
 
 def _winner(

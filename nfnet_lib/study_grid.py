@@ -38,6 +38,13 @@ def search_of(study: StudyConfig, cell: PretrainCell, study_dir: Path) -> tuple[
 
     With lr_search="two_trials" that depends on the best rates of smaller cells: None where one that is needed is not done.
     """
+    return _search_of(study, cell, study_dir, {})
+
+
+def _search_of(
+    study: StudyConfig, cell: PretrainCell, study_dir: Path, searched: dict[PretrainCell, PretrainConfig | None]
+) -> tuple[PretrainConfig, list[float]] | None:  # fmt: skip
+    """searched: what was found of smaller cells on the way, which have smaller ones in common."""
     lr_grid, lr_start = study.learning_rates(cell.variant)
     start = lr_start.get(cell.epoch_budget, lr_grid[len(lr_grid) // 2])
     if study.lr_search == "two_trials" and (smaller := smaller_cells(study, cell)):
@@ -47,8 +54,9 @@ def search_of(study: StudyConfig, cell: PretrainCell, study_dir: Path) -> tuple[
 
         known = []
         for other in smaller:
-            config = _searched(study, other, study_dir)
-            if config is None:
+            if other not in searched:
+                searched[other] = _searched(study, other, study_dir, searched)
+            if (config := searched[other]) is None:
                 return None
             known.append({
                 "forward_macs": flops.run_macs(config), "epoch_budget": other.epoch_budget, "best_lr": config.peak_lr,
@@ -58,9 +66,11 @@ def search_of(study: StudyConfig, cell: PretrainCell, study_dir: Path) -> tuple[
     return study.pretrain_config(*cell[:2], start, cell.seed), lr_grid
 
 
-def _searched(study: StudyConfig, cell: PretrainCell, study_dir: Path) -> PretrainConfig | None:
+def _searched(
+    study: StudyConfig, cell: PretrainCell, study_dir: Path, searched: dict[PretrainCell, PretrainConfig | None]
+) -> PretrainConfig | None:  # fmt: skip
     """The config of a cell's best run; None where the cell is not done."""
-    found = search_of(study, cell, study_dir)
+    found = _search_of(study, cell, study_dir, searched)
     if found is None or (summary := finished(found[0], study_dir, found[1])) is None:
         return None
     return found[0].model_copy(update={"peak_lr": summary["config"]["peak_lr"]})

@@ -220,6 +220,12 @@ def test_webdataset_shards(tmp_path):
             members += [(f"{key}.jpg", jpeg(i, i)), (f"{key}.cls", str(i % 3).encode())]
         write_shard(tmp_path / f"train-{shard:06d}.tar", members)
     write_shard(tmp_path / "val-000000.tar", [("a.json", b'{"label": 1}'), ("a.png", jpeg(3, 1)), ("b.jpg", jpeg(4))])
+    told = [("a.jpg", jpeg(1)), ("a.cls", b"1"), ("a.json", b'{"width": 40}'), ("b.json", b'{"label": 2}'), ("b.cls", b"0"),
+            ("b.jpg", jpeg(2)), ("c.jpg", jpeg(3)), ("c.json", b'{"height": 2}')]  # fmt: skip
+    (tmp_path / "other").mkdir()
+    write_shard(tmp_path / "other" / "train-000000.tar", told)
+    other = load_source(f"webdataset:{tmp_path / 'other'}", "train")
+    assert [other[i][1] for i in range(len(other))] == [(1,), (0,)], "a .cls is the label, a .json may be about other things"
     train, heldout = (load_source(f"webdataset:{tmp_path}", split) for split in ("train", "heldout"))
     assert (len(train), len(heldout), train.num_classes, heldout.num_classes) == (20, 1, 3, 3), "b has no label"
     assert train.encoded(13)[0] == jpeg(3, 3) and train[13][1] == (0,) and heldout[0][1] == (1,)

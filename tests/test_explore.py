@@ -73,3 +73,26 @@ def test_data_show(name, words, tmp_path, capsys):
     for out in ("sheet.txt", "none/sheet.png"):
         assert main(["data", "show", name, "--out", str(tmp_path / out)]) == 2
         assert "out: " in capsys.readouterr().err
+
+
+def test_an_example_that_can_not_be_read_is_a_grey_picture_not_the_end_of_the_notebook():
+    """Training leaves such examples out and goes on."""
+
+    class Torn:
+        name, num_classes, fingerprint = "torn", 2, "torn"
+
+        def __len__(self):
+            return 6
+
+        def encoded(self, index):
+            return b"", (index % 2,)
+
+        def __getitem__(self, index):
+            if index in (1, 4):
+                raise ValueError("not a readable image")
+            return np.full((20, 20, 3), 40 * index, np.uint8), (index % 2,)
+
+    widget = explore.browse(Torn())
+    tile = shown(widget)[: explore.SIDE, explore.SIDE + 6 : 2 * explore.SIDE + 6]
+    assert (tile[2:10, 2:10] == 128).all()
+    assert data_plots.classes_sheet(Torn()).axes

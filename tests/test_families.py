@@ -34,6 +34,10 @@ def test_cells_are_the_best_runs_with_their_family_and_sampling_error():
     assert first["top1_error_percent"] == pytest.approx(100 * error)
     assert first["standard_error"] == pytest.approx(100 * (error * (1 - error) / 2000) ** 0.5)
     assert cells.groupby("family")["on_frontier"].any().all()
+    assert any("One seed a run" in text for text in families.sentences(cells, families.compare_families(cells)))
+    two = families.family_cells(pd.concat([runs(), runs().assign(seed=1)]))
+    said = families.sentences(two, families.compare_families(two))
+    assert any("Means over seeds" in text for text in said) and not any("One seed" in text for text in said)
 
 
 @pytest.mark.parametrize(
@@ -96,5 +100,9 @@ def test_a_family_has_parameters_and_rates_of_its_own():
     wrong = study(families={"ViT": {"pretrain": {"optimiser": "adamw"}}})
     with pytest.raises(ConfigError, match="optimiser"):
         wrong.validate_cells()
+    start = study(families={"ViT": {"lr_start": {1: 0.1}}}, lr_start={1: 0.2})
+    assert start.learning_rates("Ti/4-mini") == ([0.1, 0.2], {1: 0.1}) and start.learning_rates("F0-mini")[1] == {1: 0.2}
+    with pytest.raises(ConfigError, match="comparison_seeds: 3; allowed: 0, or else with finetune"):
+        study(comparison_seeds=3).validate_cells()
     with pytest.raises(ConfigError, match="ascend"):
         study(families={"ViT": {"lr_grid": [0.2, 0.1]}}).validate_cells()

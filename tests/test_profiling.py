@@ -2,6 +2,7 @@
 
 import pytest
 
+from nfnet_lib import flops
 from nfnet_lib.config import ConfigError, PretrainConfig
 from nfnet_lib.profiling import operation_table, part_of, pass_of, profile_step
 
@@ -51,6 +52,9 @@ def test_a_real_step_is_accounted_for():
     # Threads of two cores at most: what is traced fits in the time of the steps.
     assert 0.3 * profile.step_ms < profile.operations["ms"].sum() < 4 * profile.step_ms
     assert f"{profile.step_ms:.1f} ms" in profile.sentence()
+    sam = profile._replace(config=config.model_copy(update={"rho": 0.05, "ascent_fraction": 0.5}), step_ms=1.0)
+    rate = flops.run_flops(sam.config) / sam.config.steps * 1e3
+    assert f"{rate / 1e9:,.0f} GFLOP/s of the network" in sam.sentence()
 
 
 def test_steps_must_be_positive():

@@ -116,7 +116,10 @@ def test_where_every_variant_has_one_cell_there_is_no_interval(runs):
 def test_runs_of_one_cell_and_rate_with_other_recipes_are_not_averaged(runs, name, value):
     runs = runs.assign(**{name: getattr(PretrainConfig(), name), "remat": "none"})
     again = runs.assign(**{name: value}, run_id=runs["run_id"] + "-again")
-    with pytest.raises(ValueError, match=f"{name}: .* differ in their seed only"):
+    with pytest.raises(ValueError, match=f"{name}: .* differ in their rate and seed only"):
+        scaling.best_per_cell(pd.concat([runs, again], ignore_index=True))
+    again = runs.assign(**{name: value}, run_id=runs["run_id"] + "-again", peak_lr=1.5 * runs["peak_lr"])
+    with pytest.raises(ValueError, match=f"{name}: .* differ in their rate and seed only"):
         scaling.best_per_cell(pd.concat([runs, again], ignore_index=True))
     same = runs.assign(remat="full", seed=1, run_id=runs["run_id"] + "-again")
     assert scaling.best_per_cell(pd.concat([runs, same], ignore_index=True))["num_seeds"].eq(2).all()
@@ -403,7 +406,8 @@ def test_a_row_that_is_no_run_is_named(runs, column, value, message):
 
 def test_runs_of_other_recipes_are_no_seeds(runs):
     other = runs.assign(weight_decay=runs["weight_decay"] + 0.5)
-    with pytest.raises(ValueError, match=r"weight_decay: .* in runs of F0-mini at 0\.25 epochs .* differ in their seed only"):
+    words = r"weight_decay: .* in runs of F0-mini at 0\.25 epochs; .* differ in their rate and seed only"
+    with pytest.raises(ValueError, match=words):
         scaling.best_per_cell(pd.concat([runs, other]))
     twice = scaling.best_per_cell(pd.concat([runs, runs]))
     assert twice["num_seeds"].max() == scaling.best_per_cell(runs)["num_seeds"].max(), "the same run twice is one seed"

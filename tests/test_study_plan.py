@@ -230,6 +230,23 @@ def test_the_longest_chain_goes_first_and_no_program_is_compiled_twice_at_once(p
     needs = {step.name: step.needs for step in study._graph(named, folder)}
     assert set(needs["01_architecture"]) == {f"{variant}_ep{epochs}" for variant in named.variants for epochs in (1, 2)}
     assert needs["index"] == ("results.csv",)
+    (options,) = [options for name, arguments, options in engine.calls if name == "execute" and "03_" in arguments[0].stem]
+    assert options["timeout"] == 60 * named.timeout_minutes * 6, "of six runs, one after the other"
+    every = StudyConfig.from_file(path, changes | {"finetune_cells": "all", "gpus_per_run": 0.25})
+    needs = {step.name: step.needs for step in study._graph(every, folder)}
+    assert set(needs["03_finetune"]) == {"finetune_F0-mini_ep2_ra1", "F0-mini_ep1", "F0-mini_ep2"}, "the best of all budgets"
+
+
+def test_two_trials_look_at_each_smaller_cell_once(path, tmp_path, monkeypatch):
+    named = StudyConfig.from_file(path, {"lr_search": "two_trials", "epoch_budgets": [0.25, 0.5, 1, 2, 4, 8, 16]})
+    cells, looked = study_grid.pretrain_cells(named), []
+    folder = tmp_path / "out"
+    for cell in reversed(cells):
+        planted(folder, *study_grid.search_of(named, cell, folder), best=0.05)
+    finished = study_grid.finished
+    monkeypatch.setattr(study_grid, "finished", lambda config, *rest: looked.append(config) or finished(config, *rest))
+    assert study_grid.search_of(named, cells[0], folder) is not None
+    assert len(looked) == len(cells) - 1 == 13
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 5])
