@@ -91,7 +91,7 @@ def recorded(df: "pd.DataFrame") -> "pd.DataFrame":
     import pandas as pd
 
     arms = df["compared_as"].fillna("") if "compared_as" in df else pd.Series("", index=df.index)
-    runs = df[arms.isin(list(ARMS))].assign(arm=arms[arms.isin(list(ARMS))])
+    runs = df.assign(arm=arms)[arms.isin(list(ARMS))]
     runs = runs.assign(top1_error_percent=100 * (1 - runs["heldout_top1"]))
     runs = runs.sort_values(["arm", "seed"], key=lambda c: c.map(list(ARMS).index) if c.name == "arm" else c)
     return runs.reindex(columns=[

@@ -9,7 +9,8 @@ How this differs from the release, none of it in the numbers:
 - "+" variants: the first stage's bottleneck is as published (192 channels), the released code's (128) is a setting.
 - Convolutions are computed as the backend likes them (`convolution.py`): same parameters, same results to rounding.
 - All weights are standardised at once, before the network, so that many devices can share that work (`step.py`); on a CPU
-  each where it is used, while it is in the cache (LOG.md).
+  each where it is used, while it is in the cache, or, large ones and without gradients, after the product
+  (`convolution.standardised_convolve`, LOG.md).
 - A block's squeeze-excite takes the mean of its last convolution's input, which is the mean of its output, convolved; so gate,
   gain and shortcut are applied where that convolution is computed, and its own output is never written.
 - Weight standardisation and the head run in float32 whatever the activations' type.
