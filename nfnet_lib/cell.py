@@ -5,6 +5,7 @@ done when the process ended with 0 and the run wrote its summary. It dies with t
 """
 
 import contextlib
+import itertools
 import os
 import re
 import shlex
@@ -12,9 +13,9 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from nfnet_lib import PROJECT
 from nfnet_lib.config import RunConfig
@@ -22,6 +23,8 @@ from nfnet_lib.files import write_json
 from nfnet_lib.notebook_process import NotebookProcess, papermill
 from nfnet_lib.records import FAILURE, STOP
 from nfnet_lib.tuning import tuned_already
+
+T = TypeVar("T")
 
 NOTEBOOKS = PROJECT / "notebooks"
 LONGEST_OUTPUT = 200_000  # characters of one printed output that a notebook keeps; the log has all of it
@@ -182,25 +185,38 @@ def run_cell(
         parameters["lr_grid"] = list(lr_grid)
     if config.kind == "finetune":
         parameters["comparison_seeds"] = -1
-    started, notebook = time.time(), NOTEBOOKS / _RUN_NOTEBOOK[config.kind]
-    for left in reversed(range(retries + 1)):
-        if (study_dir / STOP).exists():
+    notebook = NOTEBOOKS / _RUN_NOTEBOOK[config.kind]
+
+    def attempt() -> dict[str, Any]:
+        execute(notebook, output, parameters, cores=cores, timeout=timeout, platform=platform, gpu_share=gpu_share)
+        if (done := tuned_already(config, list(lr_grid), study_dir)) is None:
+            raise CellFailed("the notebook ended without a summary of its run", output.with_suffix(".log").read_text())
+        return done
+
+    done = with_retries(attempt, retries, folder, searched=bool(lr_grid))
+    (folder / FAILURE).unlink(missing_ok=True)
+    return done
+
+
+def with_retries(attempt: Callable[[], T], retries: int, folder: Path, *, searched: bool) -> T:
+    """What `attempt` gives, tried again up to `retries` times where what it ran on was lost; CellStopped by its study's STOP.
+
+    folder: the cell's, where a CellFailed that remains leaves failure.json; searched: whether a search of learning rates.
+    """
+    started = time.time()
+    for left in itertools.count(retries, -1):
+        if (folder.parent / STOP).exists():
             raise CellStopped(f"{folder.name} was not started")
         try:
-            execute(notebook, output, parameters, cores=cores, timeout=timeout, platform=platform, gpu_share=gpu_share)
-            if (done := tuned_already(config, list(lr_grid), study_dir)) is None:
-                log = output.with_suffix(".log").read_text()
-                raise CellFailed("the notebook ended without a summary of its run", log)
-            break
+            return attempt()
         except CellFailed as error:
             if error.lost and left:
                 continue
             failure = {"error": str(error), "traceback": error.log[-20_000:], "seconds": time.time() - started}
-            failure |= {"diverged": True} if "NonFiniteLoss" in str(error) and not lr_grid else {}
+            failure |= {"diverged": True} if "NonFiniteLoss" in str(error) and not searched else {}
+            folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / FAILURE, failure)
             raise
-    (folder / FAILURE).unlink(missing_ok=True)
-    return done
 
 
 def finished(config: RunConfig, study_dir: Path, lr_grid: Sequence[float] = ()) -> dict[str, Any] | None:

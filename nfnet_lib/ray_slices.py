@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from nfnet_lib import PROJECT
-from nfnet_lib.cell import NO_COLOURS, CellFailed, CellStopped
+from nfnet_lib.cell import NO_COLOURS, CellFailed, CellStopped, cell_dir, with_retries
 from nfnet_lib.config import ConfigError, RunConfig
 from nfnet_lib.files import write_json
 from nfnet_lib.notebook_process import end_with
 from nfnet_lib.tuning import missing_run
 
 DIVERGED, STOPPED = 3, 75  # exit codes of train.main
+OTHERS_SECONDS = 120  # that the other hosts of a run that failed on one get to end
 
 
 def on_slice(
@@ -29,12 +30,18 @@ def on_slice(
 ) -> Any:
     """Make the runs that a cell lacks on a slice of its own, then `function`, cell.run_cell, which finds them done.
 
-    tpu_slice: "v4:2x2x4". Waits for a free slice. CellFailed and CellStopped as from run_cell; ConfigError for a slice that
-    TPUs of that generation don't come in.
+    tpu_slice: "v4:2x2x4". Waits for a free slice. CellFailed and CellStopped as from run_cell, a slice of which a host was lost
+    is given back for another up to `retries` times; ConfigError for a slice that TPUs of that generation don't come in.
     """
-    with _reserved(tpu_slice) as placement:
-        while (run := missing_run(config, list(options.get("lr_grid", ())), study_dir)) is not None:
-            _train(placement, run, study_dir, options.get("timeout"), options.get("platform", "tpu"))
+    lr_grid = options.get("lr_grid", ())
+
+    def attempt() -> None:
+        with _reserved(tpu_slice) as placement:
+            while (run := missing_run(config, list(lr_grid), study_dir)) is not None:
+                _train(placement, run, study_dir, options.get("timeout"), options.get("platform", "tpu"))
+
+    folder = cell_dir(config, study_dir, lr_grid)
+    with_retries(attempt, options.get("retries", 0), folder, searched=bool(lr_grid))
     return function(config, study_dir, **options | {"platform": "cpu"}, cores=cores)
 
 
@@ -77,12 +84,20 @@ def _train(placement: Any, config: RunConfig, study_dir: Path, timeout: float | 
         on_host(i, _host, params, folder, coordinator, hosts, i, timeout, os.environ.get("JAX_PLATFORMS", platform))
         for i in range(hosts)
     ]
-    try:
-        results = ray.get(tasks)
-    except ray.exceptions.RayTaskError as error:
-        raise getattr(error, "cause", error) from None
-    except ray.exceptions.RayError as error:
-        raise CellFailed(f"a host of the slice was lost: {type(error).__name__}", str(error), lost=True) from None
+    results, errors, waiting = [], [], tasks
+    # Without a host the others fail as well, and often sooner than Ray misses it: all are waited for, so that it is known.
+    while waiting and not any(getattr(error, "lost", False) for error in errors):
+        ended, waiting = ray.wait(waiting, timeout=OTHERS_SECONDS if errors else None)
+        if not ended:
+            break
+        try:
+            results += ray.get(ended)
+        except ray.exceptions.RayTaskError as error:
+            errors.append(getattr(error, "cause", error))
+        except ray.exceptions.RayError as error:
+            errors.append(CellFailed(f"a host of the slice was lost: {type(error).__name__}", str(error), lost=True))
+    if errors:
+        raise max(errors, key=lambda error: getattr(error, "lost", False))
     if STOPPED in results:
         raise CellStopped(f"{config.run_id} was stopped")
     params.unlink()
