@@ -38,8 +38,8 @@ def run_study(
     """Run or resume a study; returns the report's path and {cell or notebook: error} of what failed.
 
     engine: "local" or "ray", with the `address` of a cluster. only: names of pre-training cells (`PretrainCell.name`); nothing
-    else is run then, there is no report (None), and several such calls may share a folder. ConfigError if study_dir holds
-    another study, is in use, or a name is unknown.
+    else is run then, there is no report (None), and several such calls may share a folder, each stopped by itself. ConfigError
+    if study_dir holds another study, is in use, or a name is unknown, or if `only` meets a file that asks all to stop.
     """
     from tqdm.auto import tqdm
 
@@ -62,8 +62,11 @@ def run_study(
         [study.finetune_config(study.variants[0], "to-be-found", 1)] if study.finetune else []
     ):
         load_sources(config)  # an unknown or missing data set is refused here
+    if only and (study_dir / STOP).exists():
+        raise ConfigError(f"only: {project_relative(study_dir / STOP)} asks what runs there to stop; remove it to start a cell")
     study_dir.mkdir(parents=True, exist_ok=True)
-    with exclusive(study_dir, "study", shared=bool(only)), _interruptible(study_dir, runs_on):
+    stops = _stop_files(study, study_dir, [cell for cell in cells if cell.name in only])
+    with exclusive(study_dir, "study", shared=bool(only)), _interruptible(stops, runs_on):
         if not (study_dir / "study.json").exists() or not only:
             write_json(study_dir / "study.json", study.model_dump(mode="json"))
         steps = _graph(study, study_dir)
@@ -265,16 +268,30 @@ def _difference(key: str, before: Any, now: Any) -> tuple[str, Any, Any] | None:
     return None if before == now else (key, before, now)
 
 
+def _stop_files(study: StudyConfig, study_dir: Path, only: list[PretrainCell]) -> list[Path]:
+    """The files that ask a study's runs to stop: its own, or, as others may run in its folder, those of the cells' runs."""
+    runs = [
+        study.pretrain_config(*cell[:2], lr, cell.seed).run_id for cell in only for lr in study.learning_rates(cell.variant)[0]
+    ]
+    return [study_dir / run / STOP for run in runs] or [study_dir / STOP]
+
+
 @contextlib.contextmanager
-def _interruptible(study_dir: Path, engine: Engine) -> Iterator[None]:
+def _interruptible(stops: list[Path], engine: Engine) -> Iterator[None]:
     """On SIGINT or SIGTERM ask every run for a last checkpoint (a kernel never gets the signal itself); then again, end now."""
-    stop = study_dir / STOP
-    stop.unlink(missing_ok=True)
+
+    def take_back() -> None:
+        for stop in stops:
+            stop.unlink(missing_ok=True)
+
+    take_back()  # of a study that was killed
     asked: list[int] = []
 
     def handle(*_) -> None:
         asked.append(1)
-        stop.touch()
+        for stop in stops:
+            if stop.parent.is_dir():
+                stop.touch()
         if len(asked) == 1:
             print(
                 f"stopping: runs get {GRACE_SECONDS} s for a last checkpoint; once more ends them now", file=sys.stderr
@@ -288,6 +305,6 @@ def _interruptible(study_dir: Path, engine: Engine) -> Iterator[None]:
         try:
             engine.close(GRACE_SECONDS if asked else 0)
         finally:
-            stop.unlink(missing_ok=True)
+            take_back()
             for number, handler in previous.items():
                 signal.signal(number, handler)

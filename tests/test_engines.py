@@ -120,6 +120,24 @@ def test_killed_failed_interrupted_and_resumed(name, smallest_study, tmp_path):
     assert not list(out.glob("*/failure.json"))
 
 
+def test_a_cell_that_is_stopped_leaves_others_in_the_folder_alone(smallest_study, tmp_path, capsys):
+    path, reference = smallest_study
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copytree(reference / ".cache", out / ".cache")
+    cells = {cell: start(path, out, "--only", f"Ti-4-mini_{cell}", "--workers", "1") for cell in ("ep2", "ep1")}
+    for cell, process in cells.items():
+        until(lambda: any(file.read_text() for file in out.glob(f"pretrain_*_{cell}_*/.lock")), process=process)  # noqa: B023
+    cells["ep2"].send_signal(signal.SIGTERM)
+    assert cells["ep2"].wait(90) == 130 and cells["ep1"].wait() == 0
+    assert list(out.glob("*_ep1_tuned_*/run.ipynb"))
+    assert not list(out.glob("*ep2_lr*/summary.json")) and list(out.glob("*ep2_lr*/checkpoints/[0-9]*"))
+    assert not list(out.rglob("STOP"))
+    (out / "STOP").touch()  # by hand, for all cells: those that start must not take it back
+    assert main(["study", str(path), "--out", str(out), "--only", "Ti-4-mini_ep2"]) == 2
+    assert "out/STOP asks what runs there to stop; remove it" in capsys.readouterr().err and (out / "STOP").exists()
+
+
 def test_cores_belong_to_one_call_at_a_time():
     available = len(os.sched_getaffinity(0))
     with engine.own_cores(1) as first, engine.own_cores(0) as none:
