@@ -17,6 +17,11 @@ from nfnet_lib.sampler import ExactlyOnceSampler
 from nfnet_lib.sources import FRACTALS, Source, Subset, load_source
 
 QUARANTINE = "quarantine.jsonl"
+# Parameters of a run that say which examples there are.
+DATA_PARAMETERS = (
+    "dataset", "data_dir", "train_split", "heldout_split", "label_feature", "exclude", "num_classes", "image_size",
+    "examples_per_epoch", "heldout_examples", "selection_examples", "data_seed", "hue_spread",
+)  # fmt: skip
 
 
 def load_sources(config: RunConfig) -> tuple[Source, Source]:

@@ -30,6 +30,7 @@ _FREE_TO_CHANGE = (
     "workers", "cores_per_run", "memory_per_run_gb", "gpus_per_run", "tpu_slice", "platform", "timeout_minutes", "retries",
     "notebooks", "finetune_cells", "comparison_seeds",
 )  # fmt: skip
+_OF_FINETUNING = ("finetune", "finetune_variants", "finetune_augmults")
 
 
 def run_study(
@@ -43,8 +44,6 @@ def run_study(
     """
     from tqdm.auto import tqdm
 
-    from nfnet_lib.data import load_sources
-
     refuse_other_study(study, study_dir)
     cells = pretrain_cells(study)
     if unknown := set(only) - {cell.name for cell in cells}:
@@ -57,11 +56,7 @@ def run_study(
         raise ConfigError(
             f"tpu_slice: {study.tpu_slice!r} with engine={engine!r}; slices are set apart by engine='ray'"
         )
-    first = cells[0]
-    for config in [study.pretrain_config(*first[:2], study.learning_rates(first.variant)[0][0], first.seed)] + (
-        [study.finetune_config(study.variants[0], "to-be-found", 1)] if study.finetune else []
-    ):
-        load_sources(config)  # an unknown or missing data set is refused here
+    _refuse_later_failures(study)
     if only and (study_dir / STOP).exists():
         raise ConfigError(f"only: {project_relative(study_dir / STOP)} asks what runs there to stop; remove it to start a cell")
     study_dir.mkdir(parents=True, exist_ok=True)
@@ -82,6 +77,33 @@ def run_study(
             report = build_report(study_dir)
             bar.update()
     return report, failures
+
+
+def _refuse_later_failures(study: StudyConfig) -> None:
+    """ConfigError for data that are missing, or of other classes than a head to be kept, and ways that can't be compared."""
+    from nfnet_lib.comparison import arm_configs
+    from nfnet_lib.data import DATA_PARAMETERS, load_sources, make_sampler
+
+    @functools.cache
+    def classes_of(config: RunConfig) -> int:
+        source, _ = load_sources(config)
+        make_sampler(config, source)
+        return source.num_classes
+
+    def classes(config: RunConfig) -> int:
+        """Of runs that read the same data once."""
+        return classes_of(PretrainConfig.model_construct(**{name: getattr(config, name) for name in DATA_PARAMETERS}))
+
+    for variant in study.variants:
+        trained = classes(study.pretrain_config(variant, study.budgets_of(variant)[0], study.learning_rates(variant)[0][0]))
+        tuned = study.finetune_config(variant, "to-be-found", 1) if study.finetune is not None else None
+        if tuned is not None and classes(tuned) != trained and tuned.head == "keep":
+            raise ConfigError(
+                f"finetune: head: 'keep' for {variant}, but the data of pre-training have {trained} classes and those of"
+                f" fine-tuning {classes(tuned)}; allowed: new"
+            )
+    if study.comparison_seeds:
+        arm_configs(study.finetune_config(study.variants[0], "to-be-found", 1), study.comparison_seeds)
 
 
 def _graph(study: StudyConfig, study_dir: Path) -> list[Step]:
@@ -250,13 +272,28 @@ def refuse_other_study(study: StudyConfig, study_dir: Path) -> None:
     except (ValueError, TypeError) as error:
         raise ConfigError(f"study: {project_relative(path)} is damaged ({error}); remove it to go on: runs say whose they are")\
             from None
+    free = _FREE_TO_CHANGE if any(study_dir.glob("finetune_*")) else _FREE_TO_CHANGE + _OF_FINETUNING
     for key in now:
-        if key not in _FREE_TO_CHANGE and (differs := _difference(key, before.get(key), now[key])):
+        if key not in free and not _only_grew(key, before, now) and (differs := _difference(key, before.get(key), now[key])):
             key, old, new = differs
             raise ConfigError(
                 f"{key}: {new!r}, but {project_relative(study_dir)} holds a study with {old!r}; "
                 "give the study another name or another --out"
             )
+
+
+def _only_grew(key: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether the runs that there were before are asked for now as well, whatever else is: dumps of two studies."""
+    if key in ("epoch_budgets", "variant_epoch_budgets"):
+        budgets = [lambda name, of=of: set(of["variant_epoch_budgets"].get(name, of["epoch_budgets"])) for of in (before, now)]
+        return all(budgets[0](name) <= budgets[1](name) for name in before["variants"])
+    if key in ("seeds", "finetune_augmults"):
+        return bool(before[key]) and set(before[key]) <= set(now[key])
+    if key == "variants":  # the first one's ways of fine-tuning are compared
+        return before[key][0] == now[key][0] and set(before[key]) <= set(now[key])
+    if key == "lr_start":
+        return before[key].items() <= now[key].items()
+    return key == "finetune_variants" and all(before[key].get(name) == now[key].get(name) for name in before["variants"])
 
 
 def _difference(key: str, before: Any, now: Any) -> tuple[str, Any, Any] | None:

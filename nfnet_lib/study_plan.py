@@ -7,6 +7,7 @@ import numpy as np
 
 from nfnet_lib import flops, paper
 from nfnet_lib.cell import finished
+from nfnet_lib.comparison import ARMS
 from nfnet_lib.config import RunConfig, StudyConfig
 from nfnet_lib.records import collect
 from nfnet_lib.study_grid import least_runs, pretrain_cells, search_of
@@ -18,7 +19,7 @@ NOTEBOOK_SECONDS = 6  # that a cell's notebook takes beside its runs, on a lapto
 
 
 def plan_table(study: StudyConfig, study_dir: Path, timed: "pd.DataFrame | None" = None) -> "pd.DataFrame":
-    """A row a cell, in the order in which they start.
+    """A row a cell, in the order in which they start; the last, 03_finetune, is the comparison of ways of fine-tuning.
 
     Columns: cell, runs (of a search, at least), steps and train_flops (of a run), minutes (of all its runs on one worker, from
     `timed`), core_hours (all its runs, TPU v4 by the paper's formula), state ("done" or "to do"). timed: records of finished
@@ -37,15 +38,20 @@ def plan_table(study: StudyConfig, study_dir: Path, timed: "pd.DataFrame | None"
             done = found is not None and finished(found[0], study_dir, found[1]) is not None
         rows.append(_row(cell.name, config, least_runs(study, cell), done, timed))
     known = collect(study_dir) if study_dir.is_dir() else pd.DataFrame()
-    tuned = known[known["kind"] == "finetune"] if len(known) else known
-    if "compared_as" in tuned:  # ways of fine-tuning that are compared are no cells
-        tuned = tuned[tuned["compared_as"].fillna("") == ""]
+    tuned = compared = known[known["kind"] == "finetune"] if len(known) else known
+    if "compared_as" in tuned:
+        of_comparison = tuned["compared_as"].fillna("") != ""
+        tuned, compared = tuned[~of_comparison], tuned[of_comparison]
     for variant in study.variants if study.finetune is not None else ():
         count = len(study.budgets_of(variant)) if study.finetune_cells == "all" else 1
         for augmult in study.finetune_augmults:
             config = study.finetune_config(variant, "to-be-found", augmult)
             there = int((tuned["variant"].eq(variant) & tuned["augmult"].eq(augmult)).sum()) if len(tuned) else 0
             rows.append(_row(f"finetune_{variant.replace('/', '-')}_ra{augmult}", config, count, there >= count, timed))
+    if study.comparison_seeds:  # all its runs cost as much
+        first, count = study.variants[0], len(ARMS) * study.comparison_seeds
+        there = int(compared["variant"].eq(first).sum()) if len(compared) else 0
+        rows.append(_row("03_finetune", study.finetune_config(first, "to-be-found", 1), count, there >= count, timed))
     return pd.DataFrame(rows)
 
 

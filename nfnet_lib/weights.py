@@ -13,7 +13,7 @@ import numpy as np
 from nfnet_lib import models
 from nfnet_lib.big_vision import load_big_vision, refuse_bomb
 from nfnet_lib.checkpoint import leaf_digests
-from nfnet_lib.config import ConfigError, FinetuneConfig, config_from_params
+from nfnet_lib.config import OF_ARCHITECTURE, ConfigError, FinetuneConfig, config_from_params
 from nfnet_lib.pretrained import WeightsError, load_deepmind, load_timm
 from nfnet_lib.records import SUMMARY, read_summary
 from nfnet_lib.variants import LoadedVariant
@@ -129,7 +129,7 @@ def load_pretrained(config: FinetuneConfig, study_dir: Path, num_classes: int) -
                 f"finished: {', '.join(runs[:5]) or 'none'}"
             )
         own = read_summary(folder)["config"]
-        wanted = {name: getattr(config, name) for name in ("variant", "bottleneck_rule", "pool", "position")}
+        wanted = {name: getattr(config, name) for name in OF_ARCHITECTURE}
         params, origin = load_params(folder), config.pretrained_run
     for name in wanted.keys() & own.keys() - {"image_size"}:
         if own[name] != wanted[name]:

@@ -97,6 +97,16 @@ FAULTS = {
             ("test_ray.py::test_a_study_across_two_nodes_of_which_one_is_killed",),
         ),
         Fault(
+            "a host of a TPU slice is lost in the middle of a run",
+            "the slice is given back for another, where the run goes on",
+            ("test_ray.py::test_one_slice_a_cell", "test_ray.py::test_a_slice_that_fails"),
+        ),
+        Fault(
+            "of two cells that run as jobs of their own one is stopped",
+            "it saves and ends, the other goes on",
+            ("test_engines.py::test_a_cell_that_is_stopped_leaves_others_in_the_folder_alone",),
+        ),
+        Fault(
             "the kernel of an open notebook is killed",
             "the run that it started goes on, and is found again",
             ("test_papermill.py::test_a_run_outlives_the_notebook_that_started_it",),

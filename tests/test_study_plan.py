@@ -1,5 +1,6 @@
 """What a study is going to run: its cells, their searches, dry runs, overrides; and its graph, run by a test engine."""
 
+import re
 import threading
 from concurrent.futures import Future
 
@@ -104,6 +105,7 @@ def test_compared_ways_of_fine_tuning_are_no_cells(tmp_path):
         synthetic.write_runs(tmp_path / state, [synthetic.summary("a", kind="finetune", config=own)])
         table = plan_table(laptop, tmp_path / state).set_index("cell")
         assert table.loc["finetune_F0-nano_ra1", "state"] == state and table.loc["finetune_F0-nano_ra4", "state"] == "to do"
+        assert table.loc["03_finetune", ["runs", "state"]].tolist() == [15, "to do"], "5 ways, 3 seeds"
 
 
 @pytest.mark.parametrize(
@@ -288,6 +290,53 @@ def test_a_changed_file_is_refused_but_where_it_runs_may_change(path, tmp_path):
     with pytest.raises(ConfigError, match=r"^pretrain\.flip: False, but .* holds a study with None;"):
         study.refuse_other_study(StudyConfig.from_file(path, {"pretrain.flip": False}), folder)
     assert main(["study", str(path), "--out", str(folder), "--dry-run", "-p", "pretrain.num_classes=8"]) == 2
+
+
+def test_a_study_may_grow_but_not_change(path, tmp_path):
+    """Runs on record stay part of it; fine-tuning is free to change until there is a run of it."""
+    before = {"variants": ["F0-mini", "F1-mini"], "epoch_budgets": [1, 2], "seeds": [0], "lr_start": {1: 0.1}}
+    before |= {"finetune": {}, "finetune_augmults": [1]}
+    write_json(tmp_path / "study.json", StudyConfig.from_file(path, before).model_dump(mode="json"))
+
+    def check(**changes):
+        study.refuse_other_study(StudyConfig.from_file(path, before | changes), tmp_path)
+
+    def refused(key, **changes):
+        with pytest.raises(ConfigError, match=rf"^{key}: .* holds a study with "):
+            check(**changes)
+
+    check(variants=["F0-mini", "F0-nano", "F1-mini"], epoch_budgets=[0.5, 1, 2], seeds=[1, 0])
+    check(epoch_budgets=[4], variant_epoch_budgets={"F0-mini": [1, 2], "F1-mini": [2, 1]})
+    refused("variants", variants=["F1-mini", "F0-mini"])
+    refused("variants", variants=["F0-mini"])
+    refused("epoch_budgets", epoch_budgets=[1])
+    refused("variant_epoch_budgets.F1-mini", variant_epoch_budgets={"F1-mini": [1]})
+    refused("seeds", seeds=[1])
+    refused("lr_start.1.0", lr_start={1: 0.2})
+    check(lr_start={1: 0.1, 2: 0.1})
+    check(finetune={"rho": 0.05}, finetune_augmults=[2, 1], finetune_variants={"F0-mini": {"rho": 0.1}})
+    (tmp_path / "finetune_F0-mini").mkdir()
+    check(finetune_augmults=[1, 2], finetune_variants={"F3-mini": {"rho": 0.1}})
+    refused("finetune_augmults", finetune_augmults=[2])
+    refused("finetune.rho", finetune={"rho": 0.05})
+    refused("finetune_variants.F0-mini", finetune_variants={"F0-mini": {"rho": 0.1}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"finetune": {"bottleneck_rule": "released"}},
+         "finetune: bottleneck_rule: 'released' for F1-mini, pre-trained with 'published'; allowed: the same"),
+        ({"finetune": {"head": "keep", "num_classes": 7}}, "head: 'keep' for F1-mini, but the data of pre-training have 4"),
+        ({"finetune": {"batch_size": 18, "examples_per_epoch": 36}, "comparison_seeds": 1}, "augmult: 4 does not divide"),
+        ({"finetune": {"exclude": "no/such/list.json"}}, "exclude: no/such/list.json is not a list of ids"),
+        ({"families": {"NFNet": {"pretrain": {"dataset": "folder:no/such/folder"}}}}, "no/such/folder"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_later_runs_is_told_at_once(path, tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        study.run_study(StudyConfig.from_file(path, changes), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_analysis_notebooks_are_told_what_they_have_parameters_for(path, tmp_path):
