@@ -56,8 +56,7 @@ def make_sampler(config: RunConfig, source: Source) -> ExactlyOnceSampler:
     """The order of a run's examples, without those that `exclude` names and those kept for selection."""
     exclude = selection_ids(config, len(source))
     if config.exclude:
-        listed = load_exclusions(config.exclude, config.dataset, len(source), config.train_split)
-        exclude = np.union1d(exclude, listed)
+        exclude = np.union1d(exclude, load_exclusions(config, source))
     if len(exclude) >= len(source):
         raise ConfigError(f"exclude: {config.exclude or config.selection_examples!r} leaves none of {len(source)} examples")
     return ExactlyOnceSampler(len(source), config.seed, exclude if len(exclude) else None)
@@ -72,28 +71,37 @@ def selection_source(config: RunConfig, source: Source) -> Subset | None:
     """The examples of `selection_ids`, of those that `exclude` does not name; None where there are none."""
     ids = selection_ids(config, len(source))
     if config.exclude:
-        ids = np.setdiff1d(ids, load_exclusions(config.exclude, config.dataset, len(source), config.train_split))
+        ids = np.setdiff1d(ids, load_exclusions(config, source))
     return Subset(source, ids) if len(ids) else None
 
 
-def load_exclusions(path: str | Path, dataset: str, num_examples: int, split: str = "") -> Int64[np.ndarray, " n"]:
-    """Ids below num_examples of the list that `nfnet dedup` wrote at `path`; ConfigError if it is for other data.
+def load_exclusions(config: RunConfig, source: Source) -> Int64[np.ndarray, " n"]:
+    """Ids of `source` on the list that `nfnet dedup` wrote at config.exclude; ConfigError if it is for other data.
 
-    Ids count within a split, so that a list for another split would leave out the wrong examples.
+    Ids count within a split, so that a list for another split, or from before files were added, would leave out the wrong
+    examples: by the hashes on it some of its pictures are known again.
     """
+    from nfnet_lib.dedup import other_pictures
+
+    path = config.exclude
     try:
         content = json.loads(Path(path).read_text())
         if wrong := [i for i in content["ids"] if type(i) is not int or not 0 <= i < 2**62]:
             raise ValueError(f"{wrong[0]!r} is no id")
         ids = np.array(content["ids"], np.int64)
+        marks = {int(index): int(mark, 16) for index, mark in dict(content.get("hashes", {})).items()}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"exclude: {path} is not a list of ids as `nfnet dedup` writes it: {error}") from None
-    if content.get("dataset") != dataset:
-        raise ConfigError(f"exclude: {path} is for {content.get('dataset')!r}, the run's dataset is {dataset!r}")
-    found, wanted = (name or "train" for name in (content.get("split", ""), split))
+    if content.get("dataset") != config.dataset:
+        raise ConfigError(f"exclude: {path} is for {content.get('dataset')!r}, the run's dataset is {config.dataset!r}")
+    found, wanted = (name or "train" for name in (content.get("split", ""), config.train_split))
     if found != wanted:
         raise ConfigError(f"exclude: {path} is for the split {found!r}, the run's train_split is {wanted!r}")
-    return ids[ids < num_examples]
+    if others := other_pictures(source, marks):
+        raise ConfigError(
+            f"exclude: {path} is for other pictures: example {others[0]} is not the one it names; run nfnet dedup again"
+        )
+    return ids[ids < len(source)]
 
 
 def run_batches(config: RunConfig, source: Source, sampler: ExactlyOnceSampler, **options: Any) -> Iterator[Batch]:

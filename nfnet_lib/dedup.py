@@ -16,9 +16,10 @@ global, so that the union over shards is the result for the whole set.
 """
 
 import csv
+import functools
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations, islice
 from pathlib import Path
@@ -48,6 +49,7 @@ SCALES = (1.0, 0.97, 0.95, 0.92, 0.9)  # of one picture laid over the other
 BANDS = 4  # of 16 bits
 CHUNK = 256  # training images read at a time
 FILES = ("pairs.csv", "exclude.json", "borderline.png")
+MOST_MARKS = 32  # of a list's pictures by which a run knows them again
 
 
 class Pair(NamedTuple):
@@ -132,6 +134,24 @@ def hashes(
     return np.array(words, np.uint64)
 
 
+def _whole(thumb: UInt8[np.ndarray, "64 64"]) -> int:
+    return int(hashes(thumb, TRAIN_CROPS[:1])[0])
+
+
+def other_pictures(source: Source, marks: Mapping[int, int]) -> list[int]:
+    """Ids of `source` that show something else than the pictures of which a list of ids has hashes, {id: 64 bits}.
+
+    Ids count files by name, so that they mean others where files were added. A picture re-encoded or resized is the same one;
+    what can't be read is passed over.
+    """
+    found = []
+    for index, mark in sorted(marks.items()):
+        if 0 <= index < len(source) and (thumb := _thumbnail_of(source, index)) is not None:
+            if (mark ^ _whole(thumb)).bit_count() > MAX_RADIUS:
+                found.append(index)
+    return found
+
+
 def correlation(one: UInt8[np.ndarray, "64 64"], other: UInt8[np.ndarray, "64 64"]) -> float:
     """The best normalised correlation of two thumbnails, either of which may be a crop of the other; at most 1."""
     bands = [cv2.GaussianBlur(t.astype(np.float32), (0, 0), 1.2) for t in (one, other)]
@@ -199,17 +219,18 @@ class HeldOut:
 
 def _thumbnails(source: Source, workers: int) -> Iterator[tuple[int, np.ndarray | None]]:
     """(id, thumbnail) of every example; None for those that can't be read."""
-
-    def one(index: int) -> tuple[int, np.ndarray | None]:
-        try:
-            return index, thumbnail(source[index][0])
-        except Exception:  # whatever a source raises: the example is counted, and not compared
-            return index, None
-
     ids = iter(range(len(source)))
     with ThreadPoolExecutor(workers) as pool:
         while chunk := list(islice(ids, CHUNK)):
-            yield from pool.map(one, chunk)
+            yield from zip(chunk, pool.map(functools.partial(_thumbnail_of, source), chunk), strict=True)
+
+
+def _thumbnail_of(source: Source, index: int) -> np.ndarray | None:
+    """None for what can't be read, whatever a source raises: the example is counted, and not compared."""
+    try:
+        return thumbnail(source[index][0])
+    except Exception:
+        return None
 
 
 class PlainFolder:
@@ -270,8 +291,8 @@ def compare(
 
     Writes to out_dir, which must not hold results yet: pairs.csv with every pair within `radius`, its scores, and whether it
     counts as a duplicate (correlation, and cosine if there are weights); exclude.json, the ids of the duplicates for the
-    `exclude` of a run on this `split` of `dataset`; borderline.png, the pairs next to the limit on both sides. ConfigError
-    for bad requests.
+    `exclude` of a run on this `split` of `dataset`, with hashes of some (`other_pictures`); borderline.png, the pairs next to
+    the limit on both sides. ConfigError for bad requests.
     """
     from tqdm.auto import tqdm
 
@@ -289,7 +310,7 @@ def compare(
         from nfnet_lib.predict import embedder
 
         embed = embedder(weights)
-    excluded: set[int] = set()
+    excluded: dict[int, str] = {}  # with the picture's hash
     borderline: list[Pair] = []
     number = unreadable = 0
     total = len(source) + sum(len(other) for _, other in sets)
@@ -311,14 +332,17 @@ def compare(
                     number += 1
                     other = heldout.sources[pair.against]
                     writer.writerow([*pair, _file(source, pair.train_id), _file(other, pair.against_id)])
-                    if pair.duplicate:
-                        excluded.add(pair.train_id)
+                    if pair.duplicate and pair.train_id not in excluded:
+                        excluded[pair.train_id] = f"{_whole(dict(readable)[pair.train_id]):016x}"
                 borderline = sorted([*borderline, *pairs], key=lambda p: abs(p.correlation - min_correlation))[:24]
                 bar.update(len(chunk))
     partial.replace(out_dir / FILES[0])
+    ids = sorted(excluded)
+    marked = ids[:: max(1, -(-len(ids) // MOST_MARKS))]
     content = {
         "dataset": dataset, "split": split, "against": [name for name, _ in sets], "radius": radius,
-        "min_correlation": min_correlation, "num_examples": len(source), "ids": sorted(excluded),
+        "min_correlation": min_correlation, "num_examples": len(source), "ids": ids,
+        "hashes": {str(index): excluded[index] for index in marked},
     }  # fmt: skip
     write_bytes(out_dir / FILES[1], f"{json.dumps(content)}\n".encode(), overwrite=True)
     picture = cv2.imencode(".png", contact_sheet(borderline, source, heldout.sources)[..., ::-1])[1]

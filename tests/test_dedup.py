@@ -161,3 +161,33 @@ def test_pictures_of_a_comparison_are_those_that_were_compared(tmp_path):
 def test_bad_requests_write_nothing(arguments, words, tmp_path, capsys):
     assert main(["dedup", *arguments, "--out", str(tmp_path / "out")]) == 2
     assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_list_for_other_pictures_is_refused(tmp_path):
+    """Ids of a folder count its files: with one more in front they mean others. Re-encoded and resized it is the same list."""
+    from nfnet_lib import data
+    from nfnet_lib.config import ConfigError, PretrainConfig
+    from nfnet_lib.sources import load_source
+
+    root, digits = tmp_path / "photos", load_source("digits", "train", num_examples=80, image_size=48)
+    for split, numbers in (("train", range(60)), ("val", range(40, 80))):
+        for number in numbers:
+            path = root / split / "all" / f"{number:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(path), digits[number][0])
+    name = f"folder:{root}"
+    dedup(name, [f"{name}@val"], tmp_path / "out", min_correlation=0.9999, progress=False)
+    listed = json.loads((tmp_path / "out" / "exclude.json").read_text())
+    assert len(listed["ids"]) >= 20 and 0 < len(listed["hashes"]) <= 32
+    config = PretrainConfig(
+        dataset=name, examples_per_epoch=60, heldout_examples=40, batch_size=20, exclude=str(tmp_path / "out" / "exclude.json")
+    )
+    source, _ = data.load_sources(config)
+    assert data.load_exclusions(config, source).tolist() == listed["ids"]
+    for path in (root / "train" / "all").iterdir():
+        image = cv2.resize(cv2.imread(str(path)), (40, 56), interpolation=cv2.INTER_AREA)
+        cv2.imwrite(str(path), image, [cv2.IMWRITE_PNG_COMPRESSION, 9])
+    assert len(data.make_sampler(config, data.load_sources(config)[0])) == 60 - len(listed["ids"])
+    cv2.imwrite(str(root / "train" / "all" / "000_new.png"), digits[61][0])
+    with pytest.raises(ConfigError, match=r"exclude: .* is for other pictures: example .* run nfnet dedup again"):
+        data.make_sampler(config, data.load_sources(config)[0])

@@ -518,6 +518,9 @@ LISTS = {  # a list of ids not to train on, what is said
     "negative": ('{"ids": [-1]', "-1 is no id"),
     "huge": (f'{{"ids": [{10**30}]', "is no id"),
     "text": ('{"ids": "123"', "'1' is no id"),
+    "hashes that are none": ('{"ids": [1], "hashes": {"1": "x"}', "is not a list of ids"),
+    "hashes in a list": ('{"ids": [1], "hashes": [1]', "is not a list of ids"),
+    "hashes of another picture": ('{"ids": [1], "hashes": {"1": "0"}', "is for other pictures: example 1"),
     "nothing left": (f'{{"ids": {list(range(32))}', "leaves none of 32 examples"),
     "nested without end": ('{"ids": ' + "[" * 100_000, "is not a list of ids"),
 }
