@@ -7,7 +7,17 @@ scaling fits, figures) never does, so that a laptop without an accelerator opens
 
 __version__ = "0.1.0"
 
+import os
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
 """The checkout: relative output folders of notebooks are taken from here, wherever the kernel started."""
+
+
+def located(path: str | os.PathLike) -> Path:
+    """Where a run's data lie: `path` from where the process is or, if there is nothing, from the checkout.
+
+    The kernels of open notebooks are in notebooks/, those of studies in the checkout.
+    """
+    path = Path(path).expanduser()
+    return path if path.exists() else PROJECT / path

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64, UInt8
 
+from nfnet_lib import located
 from nfnet_lib.config import ConfigError, RunConfig
 from nfnet_lib.files import write_bytes
 from nfnet_lib.loader import BadExample, Batch, LoaderError, train_batches
@@ -85,7 +86,7 @@ def load_exclusions(config: RunConfig, source: Source) -> Int64[np.ndarray, " n"
 
     path = config.exclude
     try:
-        content = json.loads(Path(path).read_text())
+        content = json.loads(located(path).read_text())
         if wrong := [i for i in content["ids"] if type(i) is not int or not 0 <= i < 2**62]:
             raise ValueError(f"{wrong[0]!r} is no id")
         ids = np.array(content["ids"], np.int64)

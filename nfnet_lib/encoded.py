@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from nfnet_lib import located
 from nfnet_lib.decode import decode_image
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
@@ -163,7 +164,7 @@ def load_tfds(
     name: str, split: str, wanted: str, num_examples: int | None, data_dir: str | os.PathLike | None, label_feature: str
 ) -> TFDSSource:
     """The prepared set `tfds:NAME`; ValueError says how to prepare one that is not there."""
-    root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or Path.home() / "tensorflow_datasets").expanduser()
+    root = located(data_dir or os.environ.get("TFDS_DATA_DIR") or Path.home() / "tensorflow_datasets")
     short = name.removeprefix("tfds:")
     folders = {}
     if root.is_dir():
@@ -204,7 +205,7 @@ class FolderSource(EncodedSource):
     """
 
     def __init__(self, name: str, split: str, wanted: str, num_examples: int | None):
-        root = Path(name.removeprefix("folder:")).expanduser()
+        root = located(name.removeprefix("folder:"))
         if not root.is_dir():
             raise ValueError(f"dataset: {name!r}: {root} is not a folder")
         train, folder = root / "train", root
@@ -278,7 +279,7 @@ class WebDatasetSource(EncodedSource):
     """
 
     def __init__(self, name: str, split: str, wanted: str, num_examples: int | None):
-        root = Path(name.removeprefix("webdataset:")).expanduser()
+        root = located(name.removeprefix("webdataset:"))
         if not root.is_dir():
             raise ValueError(f"dataset: {name!r}: {root} is not a folder")
         shards = _shards(root, split, wanted)

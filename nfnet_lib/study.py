@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from nfnet_lib import PROJECT
 from nfnet_lib.cell import NOTEBOOKS, execute, finished, project_relative, run_cell
 from nfnet_lib.config import ConfigError, FinetuneConfig, PretrainConfig, RunConfig, StudyConfig
 from nfnet_lib.engine import Engine, make_engine
@@ -56,7 +57,8 @@ def run_study(
         raise ConfigError(
             f"tpu_slice: {study.tpu_slice!r} with engine={engine!r}; slices are set apart by engine='ray'"
         )
-    _refuse_later_failures(study)
+    with contextlib.chdir(PROJECT):  # where its cells are
+        _refuse_later_failures(study)
     if only and (study_dir / STOP).exists():
         raise ConfigError(f"only: {project_relative(study_dir / STOP)} asks what runs there to stop; remove it to start a cell")
     study_dir.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nfnet_lib import models
+from nfnet_lib import located, models
 from nfnet_lib.big_vision import load_big_vision, refuse_bomb
 from nfnet_lib.checkpoint import leaf_digests
 from nfnet_lib.config import OF_ARCHITECTURE, ConfigError, FinetuneConfig, config_from_params
@@ -109,7 +109,7 @@ def load_pretrained(config: FinetuneConfig, study_dir: Path, num_classes: int) -
     """
     if config.pretrained_weights:
         try:
-            loaded, params = load_weights(config.pretrained_weights)
+            loaded, params = load_weights(located(config.pretrained_weights))
         except (OSError, WeightsError) as error:
             raise ConfigError(f"pretrained_weights: {error}") from None
         if loaded.pixels != "imagenet":

@@ -6,7 +6,10 @@ import cv2
 import numpy as np
 import pytest
 
+import nfnet_lib
+from nfnet_lib import data
 from nfnet_lib.augment import DRAWS_PER_VIEW, crop_box, eval_views, train_views
+from nfnet_lib.config import ConfigError, PretrainConfig
 from nfnet_lib.decode import decode_image
 from nfnet_lib.fractals import HELDOUT_INSTANCE, FractalGenerator
 from nfnet_lib.loader import LoaderError, eval_batches, train_batches
@@ -216,3 +219,27 @@ def test_evaluation_counts_each_example_once(n, batch):
 
 def test_views_draw_enough():
     assert uniforms(0, np.arange(3), 0, DRAWS_PER_VIEW).shape == (3, 5)
+
+
+def test_relative_paths_are_found_from_notebooks_and_from_the_checkout(tmp_path, monkeypatch):
+    """Kernels of open notebooks are in notebooks/, what trains beside them in the checkout."""
+    checkout = tmp_path / "checkout"
+    picture = cv2.imencode(".png", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
+    for name in ("photos/train/a", "photos/val/a", "notebooks"):
+        (checkout / name).mkdir(parents=True)
+    for split in ("train", "val"):
+        for number in range(4):
+            (checkout / "photos" / split / "a" / f"{number}.png").write_bytes(picture)
+    (checkout / "list.json").write_text('{"ids": [1], "dataset": "folder:photos"}')
+    monkeypatch.setattr(nfnet_lib, "PROJECT", checkout)
+    config = PretrainConfig(
+        dataset="folder:photos", examples_per_epoch=4, heldout_examples=4, batch_size=2, exclude="list.json"
+    )
+    for place in ("notebooks", "."):
+        monkeypatch.chdir(checkout / place)
+        source, heldout = data.load_sources(config)
+        assert len(data.make_sampler(config, source)) == 3 and heldout[3][0].shape == (8, 8, 3)
+    (checkout / "notebooks" / "photos").mkdir()  # what is there goes before
+    monkeypatch.chdir(checkout / "notebooks")
+    with pytest.raises(ConfigError, match="has no train images"):
+        data.load_sources(config)
