@@ -46,7 +46,11 @@ def load_sources(config: RunConfig) -> tuple[Source, Source]:
     except ValueError as error:
         text = str(error)
         raise ConfigError(text if text.startswith("dataset") else f"dataset: {text}") from None
-    if train.num_classes != heldout.num_classes:
+    names = [getattr(source, "class_names", ()) for source in (train, heldout)]
+    for number, (trained, other) in enumerate(zip(*names, strict=False)):  # folders of any name may be the splits
+        if trained != other:
+            raise ConfigError(f"dataset: {config.dataset!r}: class {number} is {trained!r} to train and {other!r} held out")
+    if heldout.num_classes > train.num_classes:
         raise ConfigError(
             f"dataset: {config.dataset!r} has {train.num_classes} classes to train and {heldout.num_classes} held out"
         )

@@ -1,6 +1,8 @@
 """Fractals, sources, views and batches: deterministic, disjoint, and each example where it belongs."""
 
 import hashlib
+import io
+import tarfile
 
 import cv2
 import numpy as np
@@ -243,3 +245,33 @@ def test_relative_paths_are_found_from_notebooks_and_from_the_checkout(tmp_path,
     monkeypatch.chdir(checkout / "notebooks")
     with pytest.raises(ConfigError, match="has no train images"):
         data.load_sources(config)
+
+
+def test_held_out_classes_are_those_that_are_trained_on(tmp_path):
+    """By name, where splits are folders of names of their own; some may be missing from the held-out shards."""
+    picture = cv2.imencode(".png", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
+    for place in ("one/cat", "one/dog", "two/cat", "two/eel", "three/cat", "four/cat", "four/dog", "four/eel"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "0.png").write_bytes(picture)
+    for shard, labels in (("a", (0, 1, 2)), ("b", (1, 0)), ("c", (3,))):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as archive:
+            for number, label in enumerate(labels):
+                for suffix, content in (("png", picture), ("cls", b"%d" % label)):
+                    member = tarfile.TarInfo(f"{number}.{suffix}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+
+    def sources(kind, train, heldout):
+        return data.load_sources(PretrainConfig(
+            dataset=f"{kind}:{tmp_path}", train_split=train, heldout_split=heldout, examples_per_epoch=2, heldout_examples=1,
+            batch_size=1,
+        ))  # fmt: skip
+
+    with pytest.raises(ConfigError, match="class 1 is 'dog' to train and 'eel' held out"):
+        sources("folder", "one", "two")
+    with pytest.raises(ConfigError, match="has 2 classes to train and 3 held out"):
+        sources("folder", "one", "four")
+    assert sources("folder", "one", "three")[0].num_classes == 2
+    assert sources("webdataset", "a", "b")[0].num_classes == 3
+    with pytest.raises(ConfigError, match="has 3 classes to train and 4 held out"):
+        sources("webdataset", "a", "c")
