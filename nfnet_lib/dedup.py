@@ -323,9 +323,9 @@ def compare(
             writer.writerow([*Pair._fields, "train_file", "against_file"])
             stream = _thumbnails(source, workers)
             while chunk := list(islice(stream, CHUNK)):
-                readable = [(index, thumb) for index, thumb in chunk if thumb is not None]
+                readable = {index: thumb for index, thumb in chunk if thumb is not None}
                 unreadable += len(chunk) - len(readable)
-                pairs = heldout.pairs(readable, min_correlation)
+                pairs = heldout.pairs(list(readable.items()), min_correlation)
                 if embed is not None:
                     pairs = [_with_cosine(pair, source, heldout, embed, min_cosine) for pair in pairs]
                 for pair in pairs:
@@ -333,7 +333,7 @@ def compare(
                     other = heldout.sources[pair.against]
                     writer.writerow([*pair, _file(source, pair.train_id), _file(other, pair.against_id)])
                     if pair.duplicate and pair.train_id not in excluded:
-                        excluded[pair.train_id] = f"{_whole(dict(readable)[pair.train_id]):016x}"
+                        excluded[pair.train_id] = f"{_whole(readable[pair.train_id]):016x}"
                 borderline = sorted([*borderline, *pairs], key=lambda p: abs(p.correlation - min_correlation))[:24]
                 bar.update(len(chunk))
     partial.replace(out_dir / FILES[0])

@@ -25,12 +25,13 @@ def family_cells(df: "pd.DataFrame", compute: str = "train_flops") -> "pd.DataFr
     runs = df[df["kind"] == "pretrain"].groupby(["variant", "epoch_budget", "peak_lr"])
     means = runs[["heldout_top1", "heldout_examples"]].mean()
     best = means.loc[pd.MultiIndex.from_frame(cells[["variant", "epoch_budget", "best_lr"]])]
-    error = 1 - best["heldout_top1"].to_numpy()
+    error, examples = 1 - best["heldout_top1"].to_numpy(), best["heldout_examples"].to_numpy() * cells["num_seeds"].to_numpy()
+    unsure = np.clip(error, 0.5 / examples, 1 - 0.5 / examples)  # none or all wrong is no certainty
     table = cells.assign(
         family=[get_variant(name).family for name in cells["variant"]],
         num_lrs=cells["lrs"].map(len),
         top1_error_percent=100 * error,
-        standard_error=100 * np.sqrt(error * (1 - error) / (best["heldout_examples"].to_numpy() * cells["num_seeds"])),
+        standard_error=100 * np.sqrt(unsure * (1 - unsure) / examples),
     )
     table["on_frontier"] = False
     for _, part in table.groupby("family"):
@@ -46,7 +47,8 @@ def compare_families(
 ) -> "pd.DataFrame":
     """Errors of two families at equal compute: at each frontier point of either that lies within both frontiers.
 
-    Between its points a frontier is a straight line on log-log axes; it is not extrapolated. Columns: `compute`, one
+    Between its points a frontier is a straight line on log-log axes, no error counting as its standard error; it is not
+    extrapolated. Columns: `compute`, one
     for each family (error in percent), ratio (first / second), noise (standard error of the difference, in points).
     ValueError where a family is missing or the frontiers share no range of compute.
     """
@@ -65,7 +67,7 @@ def compare_families(
     at = at[(low <= at) & (at <= high)]
     errors, noises = [], []
     for where, error, noise in lines.values():
-        errors.append(np.exp(np.interp(np.log(at), np.log(where), np.log(error))))
+        errors.append(np.exp(np.interp(np.log(at), np.log(where), np.log(np.maximum(error, noise)))))
         noises.append(np.interp(np.log(at), np.log(where), noise))
     return pd.DataFrame(
         {compute: at, first: errors[0], second: errors[1], "ratio": errors[0] / errors[1], "noise": np.hypot(*noises)}

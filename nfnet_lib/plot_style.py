@@ -116,9 +116,17 @@ def _separate(labels: list, axes: Axes, steps: int = 60) -> None:
 
 
 def log_axis(axis, values, room: tuple = (0.04, 0.04)) -> None:
-    """Log scale around `values` with plain tick labels where they span little, powers of ten where they span much."""
+    """Log scale around `values` with plain tick labels where they span little, powers of ten where they span much.
+
+    Linear where one of them is 0, as an error may be.
+    """
     axes, name = axis.axes, axis.axis_name
-    values = np.asarray([value for value in values if np.isfinite(value) and value > 0], dtype=float)
+    values = np.asarray([value for value in values if np.isfinite(value) and value >= 0], dtype=float)
+    if (values == 0).any():
+        high = values.max() or 1.0
+        getattr(axes, f"set_{name}lim")(-high * room[0], high * (1 + room[1]))
+        plain_ticks(axis)
+        return
     getattr(axes, f"set_{name}scale")("log")
     if not len(values):
         return

@@ -106,3 +106,16 @@ def test_a_family_has_parameters_and_rates_of_its_own():
         study(comparison_seeds=3).validate_cells()
     with pytest.raises(ConfigError, match="ascend"):
         study(families={"ViT": {"lr_grid": [0.2, 0.1]}}).validate_cells()
+
+
+def test_a_family_without_errors():
+    """It is no certainty, nor infinitely better: it counts as an error too few to be seen."""
+    perfect = runs()
+    perfect.loc[perfect["variant"].eq("F1-mini") & perfect["epoch_budget"].eq(4), "heldout_top1"] = 1.0
+    cells = families.family_cells(perfect)
+    assert cells["top1_error_percent"].min() == 0
+    assert cells["standard_error"].min() == pytest.approx(100 * 0.5**0.5 / 2000, rel=1e-3)
+    comparison = families.compare_families(cells)
+    assert np.isfinite(comparison).all(axis=None) and 0 < comparison["ratio"].min() < 0.01
+    assert "nan" not in " ".join(families.sentences(cells, comparison))
+    assert plots.families(cells).axes[0].get_yscale() == "linear", "0 has no place on a log axis"
