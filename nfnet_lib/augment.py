@@ -18,6 +18,7 @@ DRAWS_PER_VIEW = 5  # area, aspect ratio, row, column, flip
 DRAWS_PER_MIX = 3  # share, row, column
 ASPECT = (3 / 4, 4 / 3)  # width / height of a training crop
 SMALL = 64  # pixels; views of laptop studies, which always average when they shrink
+LONGEST = 8  # times the short side: what evaluation looks at of a longer picture
 MIN_AREA = 0.08  # of the image, of a training crop ("inception-style", Szegedy et al. 2015)
 
 Image = UInt8[np.ndarray, "H W 3"]
@@ -118,23 +119,35 @@ def crop_box(height: int, width: int, draws: Sequence[float], min_area: float | 
     return top, left, crop_height, crop_width
 
 
-def eval_views(images: Images, size: int, margin: int = 0) -> UInt8[np.ndarray, "n size size 3"]:
-    """The deterministic view: short side to size + margin (bicubic), then the central size x size.
+def eval_views(images: Images, size: int, margin: int = 0, squash: bool = True) -> UInt8[np.ndarray, "n size size 3"]:
+    """The deterministic view: the picture at size + margin (bicubic), of which the central size x size is cut.
 
-    With a margin of 32 this is the released code's `resize_crop_32` (nfnets/dataset.py).
+    squash: both sides to that, whatever the picture's shape, as NFNets are evaluated: with a margin of 32 the released code's
+    `resize_crop_32` (nfnets/dataset.py; timm's crop_mode "squash"). Or else the short side, as ViTs are (big_vision's
+    resize_small and central_crop). `variants` say which.
     """
     if size < 1 or margin < 0:
         raise ValueError(f"size={size}, margin={margin}: expected size >= 1 and margin >= 0 pixels")
     views = np.empty((len(images), size, size, 3), np.uint8)
     for view, image in zip(views, images, strict=True):
-        height, width = image.shape[:2]
-        scale = (size + margin) / min(height, width)
-        height, width = (max(size + margin, round(scale * side)) for side in (height, width))
+        height = width = size + margin
+        if not squash:
+            image = _centre(image)
+            scale = (size + margin) / min(image.shape[:2])
+            height, width = (max(size + margin, round(scale * side)) for side in image.shape[:2])
         resized = np.empty((height, width, 3), np.uint8)
         _resize(image, resized, enlarge=cv2.INTER_CUBIC)
         top, left = (height - size) // 2, (width - size) // 2
         view[:] = resized[top : top + size, left : left + size]
     return views
+
+
+def _centre(image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H2 W2 3"]:
+    """The middle of pictures so long that to enlarge all of them would take gigabytes."""
+    height, width = image.shape[:2]
+    most = LONGEST * min(height, width)
+    top, left = max(height - most, 0) // 2, max(width - most, 0) // 2
+    return image[top : height - top, left : width - left]
 
 
 def default_margin(size: int) -> int:

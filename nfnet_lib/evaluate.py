@@ -87,8 +87,8 @@ def evaluate_weights(
         _refuse_resolution(variant, resolution)
         step = _step(model.variant.name, model.num_classes, tuple(sorted(model.settings.items())), variant.pixels, loss)
         batches = eval_batches(
-            relabelled, batch_size=batch_size, resolution=resolution, margin=eval_margin(weights, resolution), workers=workers,
-            normalise_labels=loss == "softmax",
+            relabelled, batch_size=batch_size, resolution=resolution, margin=eval_margin(weights, resolution),
+            squash=model.variant.squash, workers=workers, normalise_labels=loss == "softmax",
         )  # fmt: skip
         shown = tqdm(
             batches, total=-(-len(source) // batch_size), desc=f"{resolution} px", disable=not progress, unit="batch"

@@ -142,13 +142,13 @@ def train_batches(
 
 
 def eval_batches(
-    source: Source, *, batch_size: int, resolution: int, margin: int = -1, process_index: int = 0, process_count: int = 1,
-    workers: int = 0, prefetch: int = 2, on_bad: str = "quarantine",
+    source: Source, *, batch_size: int, resolution: int, margin: int = -1, squash: bool = True,
+    process_index: int = 0, process_count: int = 1, workers: int = 0, prefetch: int = 2, on_bad: str = "quarantine",
     stall_seconds: float | int = 300, normalise_labels: bool = True,
 ) -> Iterator[Batch]:  # fmt: skip
     """Every example once, in order; batch_size: over all processes, each of which gets as many batches.
 
-    What is missing from the last batch is padding of weight 0. margin: `eval_views`; -1 is `default_margin`.
+    What is missing from the last batch is padding of weight 0. margin, squash: `eval_views`; -1 is `default_margin`.
     """
     if batch_size < 1 or batch_size % process_count:
         raise ValueError(f"batch_size: {batch_size} does not divide among {process_count} processes")
@@ -158,7 +158,7 @@ def eval_batches(
 
     def fill(batch: Batch, ids: np.ndarray, first: int) -> list[BadExample]:
         def make(image: Any, labels: tuple[int, ...], i: int) -> None:
-            batch.images[first + i] = eval_views([image], resolution, margin)[0]
+            batch.images[first + i] = eval_views([image], resolution, margin, squash)[0]
             reader.label(batch, first + i, labels)
 
         return reader.each(ids, None, make)

@@ -31,9 +31,9 @@ def predict(
 
     weights: see `weights.load_weights`. labels: a file of class names (see `read_labels`). resolution: in pixels, by
     default that at which the variant is tested (of a run of ours, its eval_resolution; of a ViT file, its own). The view is
-    that of evaluation: short side to a little more (a run's eval_margin, or 32 px from 128 px on), then the centre. Of a run
-    with a sigmoid loss each class has a probability of its own. FileNotFoundError, WeightsError or ConfigError for what can't
-    be read or does not fit.
+    that of evaluation (`augment.eval_views`), with a run's eval_margin, or 32 px from 128 px on. Of a run with a sigmoid loss
+    each class has a probability of its own. FileNotFoundError, WeightsError or ConfigError for what can't be read or does not
+    fit.
     """
     import pandas as pd
 
@@ -86,7 +86,7 @@ def _loaded(weights: str | os.PathLike, resolution: int | None):
     margin = eval_margin(weights, resolution)
 
     def prepared(pictures):
-        views = jnp.asarray(eval_views(pictures, resolution, margin))
+        views = jnp.asarray(eval_views(pictures, resolution, margin, model.variant.squash))
         return normalise(views, variant.pixels)
 
     return model, params, prepared

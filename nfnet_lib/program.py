@@ -213,8 +213,8 @@ def evaluate(
     read, lost, expected = 0, 0, 0.0
     for batch in eval_batches(
         source, batch_size=program.eval_batch, resolution=config.eval_resolution, margin=config.eval_margin,
-        workers=config.loader_workers, on_bad=config.on_bad, normalise_labels=config.loss == "softmax",
-        process_index=jax.process_index(), process_count=jax.process_count(),
+        squash=config.architecture.squash, workers=config.loader_workers, on_bad=config.on_bad,
+        normalise_labels=config.loss == "softmax", process_index=jax.process_index(), process_count=jax.process_count(),
     ):  # fmt: skip
         sums = jax.device_get(program.evaluation(params, program.place_batch(batch.examples)))
         totals = {name: totals.get(name, 0.0) + np.asarray(value, np.float64) for name, value in sums.items()}

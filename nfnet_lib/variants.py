@@ -37,7 +37,7 @@ class Variant:
     width, depth: output channels and number of blocks of the four stages. group_width: channels per group of the
     3x3 convolutions. stem: output channels of the stem's first three. *_px: image sides in pixels. drop_rate: published
     dropout before the head. published_*: the counts of the 2021 paper with a 1,000-class head (parameters; MACs at test_px),
-    or None where none is published.
+    or None where none is published. squash: whether evaluation ignores a picture's shape (`augment.eval_views`).
     """
 
     name: str
@@ -53,6 +53,7 @@ class Variant:
     finetune_test_px: int = 480
     stem: tuple[int, int, int] = STEM_CHANNELS
     family = "NFNet"
+    squash = True
 
     @property
     def blocks(self) -> int:
@@ -106,6 +107,7 @@ class ViTVariant:
     published_macs: float | None = None
     position: str = "learned"
     family = "ViT"
+    squash = False
     drop_rate = 0.0
 
     @property

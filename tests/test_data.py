@@ -3,6 +3,7 @@
 import hashlib
 import io
 import tarfile
+import tracemalloc
 
 import cv2
 import numpy as np
@@ -17,6 +18,7 @@ from nfnet_lib.fractals import HELDOUT_INSTANCE, FractalGenerator
 from nfnet_lib.loader import LoaderError, eval_batches, train_batches
 from nfnet_lib.sampler import ExactlyOnceSampler, uniforms
 from nfnet_lib.sources import ArraySource, FractalSource, cached, load_source
+from nfnet_lib.variants import get_variant
 
 
 def test_a_fractal_is_a_function_of_seed_class_and_instance():
@@ -152,7 +154,7 @@ def test_crops_lie_inside_and_cover_what_was_asked():
 def test_evaluation_takes_the_centre():
     image = np.zeros((1, 30, 50, 3), np.uint8)
     image[:, :, 10:40] = 255
-    assert (eval_views(image, 30) == 255).all()
+    assert (eval_views(image, 30, squash=False) == 255).all()
     assert eval_views(image, 16, 4).shape == (1, 16, 16, 3)
 
 
@@ -275,3 +277,27 @@ def test_held_out_classes_are_those_that_are_trained_on(tmp_path):
     assert sources("webdataset", "a", "b")[0].num_classes == 3
     with pytest.raises(ConfigError, match="has 3 classes to train and 4 held out"):
         sources("webdataset", "a", "c")
+
+
+def test_the_evaluation_view_is_that_of_the_family():
+    """NFNets' ignores a picture's shape, as the release and timm do, and so sees more of it; ViTs' keeps it."""
+    columns, rows = np.meshgrid(np.linspace(0, 255, 500), np.linspace(0, 255, 375))
+    picture = np.stack([columns, rows, rows], -1).astype(np.uint8)
+    seen = {squash: eval_views([picture], 256, 32, squash)[0].astype(float) / 255 for squash in (True, False)}
+    share = 256 / 288
+    for squash, wide in ((True, share), (False, share * 375 / 500)):
+        left, right = seen[squash][:, 0, 0].mean(), seen[squash][:, -1, 0].mean()
+        assert right - left == pytest.approx(wide, abs=0.01) and left + right == pytest.approx(1, abs=0.01)
+        assert np.ptp(seen[squash][..., 1]) == pytest.approx(share, abs=0.01)
+    square = picture[:, 62:437]
+    np.testing.assert_array_equal(eval_views([square], 256, 32, True), eval_views([square], 256, 32, False))
+    assert get_variant("F3-mini").squash and not get_variant("B/16").squash
+
+
+@pytest.mark.parametrize("shape", [(1, 20_000, 3), (20_000, 1, 3), (2, 9001, 3)])
+def test_very_long_pictures_take_no_more_memory(shape):
+    tracemalloc.start()
+    picture = np.full(shape, 200, np.uint8)
+    assert all((eval_views([picture], 480, 32, squash) == 200).all() for squash in (True, False))
+    assert tracemalloc.get_traced_memory()[1] < 2**26
+    tracemalloc.stop()

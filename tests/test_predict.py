@@ -43,7 +43,7 @@ def test_a_photograph_gets_the_model_s_classes(files, capsys):
 
     pixels = np.asarray(Image.open(folder / "photo.jpg").convert("RGB"))
     model = models.create("F0-mini", CLASSES)
-    view = eval_views([pixels], model.variant.test_px, default_margin(model.variant.test_px))
+    view = eval_views([pixels], model.variant.test_px, default_margin(model.variant.test_px), model.variant.squash)
     wanted = np.asarray(jax.nn.softmax(jax.jit(model.apply)(params, normalise(jnp.asarray(view)))[0]))
     for line, index in zip(lines[1:], np.argsort(-wanted)[:3], strict=True):
         assert f"thing {index}" in line and f"{wanted[index]:.4f}" in line
