@@ -4,6 +4,7 @@ optax.adaptive_grad_clip infers the unit of a parameter from its rank, which is 
 over blocks. Here a stacked parameter is clipped block by block.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -33,7 +34,8 @@ def adaptive_gradient_clip(
 ) -> optax.GradientTransformation:
     """Scale each unit's gradient down to norm clip * max(norm of its parameters, eps) where it is larger.
 
-    The unit of a convolution (HWIO) and of a dense weight (IO) is an output channel; of a vector or scalar, the whole.
+    The unit of a convolution (HWIO) and of a dense weight (IO) is an output channel; of a vector or scalar, the whole, also
+    where a ViT's class token or probe, [1, 1, D], is one.
     stacked, exclude: functions of a parameter's path. Defaults: the paper's lambda 0.01 and epsilon 1e-3, head weight
     excluded (experiment_nfnets.py).
     """
@@ -46,16 +48,19 @@ def adaptive_gradient_clip(
             path = tuple(str(p.key) for p in path)
             if exclude(path):
                 return grad
-            return _clip(grad, param, clip, eps, first=int(stacked(path)))
+            first = int(stacked(path))
+            vector = grad.ndim < first + 2 or (path[-1] != "w" and math.prod(grad.shape[first:-1]) == 1)
+            return _clip(grad, param, clip, eps, tuple(range(first, grad.ndim - (not vector))))
 
         return jax.tree_util.tree_map_with_path(one, grads, params), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def _clip(grad: Float[Array, "..."], param: Float[Array, "..."], clip: float, eps: float, first: int) -> Float[Array, "..."]:
-    """first: the axis at which a parameter begins, 1 where blocks are stacked."""
-    axes = tuple(range(first, grad.ndim - 1 if grad.ndim > first + 1 else grad.ndim))
+def _clip(
+    grad: Float[Array, "..."], param: Float[Array, "..."], clip: float, eps: float, axes: tuple[int, ...]
+) -> Float[Array, "..."]:
+    """axes: of a unit."""
 
     def norm(x):
         return jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True))

@@ -20,7 +20,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from nfnet_lib import PROJECT
 from nfnet_lib.variants import Variant, ViTVariant, get_variant
 
-OF_ARCHITECTURE = ("variant", "bottleneck_rule", "pool", "position")  # of which weights are
 _OF_NOTEBOOKS = {"study_dir", "lr_grid", "comparison_seeds"}  # parameters that notebooks have beside a config's
 
 
@@ -417,8 +416,8 @@ class StudyConfig(BaseModel):
                     self.finetune_config(variant, "to-be-found", augmult)
                 trained = self.pretrain_config(variant, self.budgets_of(variant)[0], lr_grid[0])
                 tuned = self.finetune_config(variant, "to-be-found", 1)
-                for name in OF_ARCHITECTURE:
-                    if (own := getattr(tuned, name)) != (wanted := getattr(trained, name)):
+                for name, wanted in trained.model_settings.items():
+                    if name != "image_size" and (own := tuned.model_settings[name]) != wanted:
                         raise ConfigError(
                             f"finetune: {name}: {own!r} for {variant}, pre-trained with {wanted!r}; allowed: the same"
                         )

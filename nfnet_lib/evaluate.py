@@ -20,7 +20,7 @@ from nfnet_lib.predict import eval_margin, loss_of, read_labels
 from nfnet_lib.records import PARAMS, read_summary
 from nfnet_lib.sources import Source
 from nfnet_lib.step import eval_step, means_of
-from nfnet_lib.weights import load_weights
+from nfnet_lib.weights import load_weights, trained_classes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -77,8 +77,8 @@ def evaluate_weights(
     variant, params = load_weights(weights)
     source = _source(weights, dataset, num_examples, data_dir)
     name = dataset or source.name
-    mapping = class_mapping(source, len(params["head"]["b"]), labels)
-    few = name.partition("@")[0] in SCORED_AMONG_PRESENT or source.num_classes < len(params["head"]["b"])
+    mapping = class_mapping(source, len(params["head"]["b"]), labels, trained_classes(weights))
+    few = dataset.partition("@")[0] in SCORED_AMONG_PRESENT or (dataset and source.num_classes < len(params["head"]["b"]))
     if classes == "present" or (classes == "auto" and few):
         params, mapping = _among_present(params, mapping, source)
     relabelled = Relabelled(source, mapping, len(params["head"]["b"]))
@@ -139,16 +139,26 @@ def trained_at(weights: str | os.PathLike) -> int | None:
     return models.create(load_weights(weights)[0]).variant.train_px
 
 
-def class_mapping(source: Source, num_classes: int, labels: str | os.PathLike | None = None) -> Int64[np.ndarray, " K"]:
-    """The head's class of each class of a source: by name where names are known, else the same number. ConfigError if none."""
+def class_mapping(
+    source: Source, num_classes: int, labels: str | os.PathLike | None = None, trained_on: Sequence[str] = ()
+) -> Int64[np.ndarray, " K"]:
+    """The head's class of each class of a source: by name where names are known, else the same number. ConfigError if none.
+
+    labels: a file of the names of the head's classes; trained_on: those that a run wrote down.
+    """
     names = list(getattr(source, "class_names", ()))
-    own = read_labels(labels, num_classes) if labels else _imagenet_names() if num_classes == IMAGENET_CLASSES else []
-    index = {name: i for i, name in enumerate(own)}
+    own = read_labels(labels, num_classes) if labels else trained_on
+    index = {name: i for i, name in enumerate(own or (_imagenet_names() if num_classes == IMAGENET_CLASSES else []))}
     if names and all(name in index for name in names):
         return np.array([index[name] for name in names], np.int64)
+    lost = [name for name in names if name not in index] or ["no names"]
     if labels:
-        lost = [name for name in names if name not in index] or ["no names"]
         raise ConfigError(f"labels: {labels} lacks classes of {source.name}, which has {', '.join(lost[:3])}")
+    if names and trained_on:
+        raise ConfigError(
+            f"dataset: {source.name} has classes that the weights were not trained on, {', '.join(lost[:3])}; a labels file"
+            " can say what they are to be taken for"
+        )
     if source.num_classes != num_classes:
         raise ConfigError(
             f"dataset: {source.name} has {source.num_classes} classes, the weights {num_classes}, and their names do not tell"

@@ -49,5 +49,6 @@ def in_top(
     if labels.ndim == 1:
         labels = labels[:, None]
     own = jnp.take_along_axis(logits, labels, axis=-1)
-    hits = jnp.sum(~(logits[:, None, :] < own[:, :, None]), axis=-1) <= k  # of scores that are no numbers none is a hit
+    hits = jnp.sum(~(logits[:, None, :] < own[:, :, None]), axis=-1) <= k
+    hits &= ~jnp.isnan(own)  # of scores that are no numbers none is a hit, of however few
     return jnp.any(hits if label_weights is None else hits & (label_weights > 0), axis=-1)

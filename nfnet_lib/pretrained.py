@@ -192,7 +192,7 @@ def _from_external(
             if name not in left:
                 raise WeightsError(f"{path.name}: {name} is missing, which {variant} has")
             array = left.pop(name)
-            if not np.issubdtype(array.dtype, np.floating):
+            if not jnp.issubdtype(array.dtype, jnp.floating):
                 raise WeightsError(f"{path.name}: {name} has type {array.dtype}, not a floating-point type")
             try:
                 parts.append(layout.inward(ours, array).astype(np.float32))

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 2  # 1 had no digest; what is missing from older records is missing from tables, too
 SUMMARY, FAILURE, METRICS, PARAMS = "summary.json", "failure.json", "metrics.jsonl", "params.json"
+CLASSES = "classes.json"  # names of a run's classes, where its data have them
 STOP = "STOP"  # a file of this name in a run's folder, or its study's: runs save and end, and no cell starts any more
 _MARKERS = (SUMMARY, FAILURE, METRICS, PARAMS)
 _BELOW_STUDY = 2  # run folders lie at most this many levels below the folder given

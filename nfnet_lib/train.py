@@ -28,7 +28,7 @@ from nfnet_lib.selection import Selection
 from nfnet_lib.sources import cached
 from nfnet_lib.stopping import asked_to_stop, heeding_sigterm
 from nfnet_lib.tensorboard import EventWriter
-from nfnet_lib.weights import load_pretrained, save_params, transfer
+from nfnet_lib.weights import load_pretrained, save_classes, save_params, transfer
 
 LOCK_SECONDS = 60
 ADVICE = "a lower peak_lr may help"
@@ -58,8 +58,9 @@ def run(config: RunConfig, out_dir: str | Path, *, cache_dir: str | Path | None 
     train_source, heldout_source = load_sources(config)
     _refuse_disagreement(config, train_source.fingerprint, heldout_source.fingerprint)
     sampler, initial = make_sampler(config, train_source), None
+    class_names = getattr(train_source, "class_names", ())
     if isinstance(config, FinetuneConfig):
-        initial = load_pretrained(config, out_dir.parent, train_source.num_classes)
+        initial = load_pretrained(config, out_dir.parent, train_source.num_classes, class_names)
     if cache_dir is not None:
         _compilation_cache(Path(cache_dir))
         train_source, heldout_source = (cached(s, Path(cache_dir) / "images") for s in (train_source, heldout_source))
@@ -69,6 +70,7 @@ def run(config: RunConfig, out_dir: str | Path, *, cache_dir: str | Path | None 
             return summary
         if distributed.is_primary():
             write_json(out_dir / PARAMS, config.model_dump(mode="json"))
+            save_classes(out_dir, class_names)
         asked = held.enter_context(heeding_sigterm())
         summary = _train(config, out_dir, train_source, heldout_source, sampler, initial, asked, progress)
         Program.all_kept()
@@ -133,7 +135,7 @@ def _train(config, out_dir, train_source, heldout_source, sampler, initial, aske
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     batches = run_batches(config, train_source, sampler, start=position, **share)
     log_at = _spread(config.log_points, config.steps)
-    save_at = _spread(config.checkpoints, config.steps) - {config.steps}
+    save_at = _spread(config.checkpoints, config.steps)
     eval_at = _spread(config.evaluations, config.steps) - {config.steps}
     # Collectives of two programs at once deadlock on several CPU devices.
     alone = jax.default_backend() == "cpu" and jax.local_device_count() > 1

@@ -1,8 +1,11 @@
 """Weights of runs and of files under one roof: saved, loaded whatever their format, handed over from one run to another."""
 
 import functools
+import json
 import os
+import pickle
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from nfnet_lib import located, models
+from nfnet_lib.augment import MEAN_RGB, STDDEV_RGB
 from nfnet_lib.big_vision import load_big_vision, refuse_bomb
 from nfnet_lib.checkpoint import leaf_digests
-from nfnet_lib.config import OF_ARCHITECTURE, ConfigError, FinetuneConfig, config_from_params
+from nfnet_lib.config import ConfigError, FinetuneConfig, config_from_params
+from nfnet_lib.files import write_json
 from nfnet_lib.pretrained import WeightsError, load_deepmind, load_timm
-from nfnet_lib.records import SUMMARY, read_summary
+from nfnet_lib.records import CLASSES, SUMMARY, read_summary
 from nfnet_lib.variants import LoadedVariant
 from nfnet_lib.vit import resample_positions
+
+TORCH_OF_OLD = pickle.dumps(0x1950A86A20F9469CFC6C, 2)[:-1]  # how files begin that are no zip archives
 
 
 def load_weights(path: str | os.PathLike) -> tuple[LoadedVariant, models.Params]:
@@ -39,6 +46,8 @@ def _kind(path: Path) -> str:
     """What a file is, by its first bytes: pickle, torch, npz or safetensors; WeightsError otherwise."""
     with path.open("rb") as file:
         head = file.read(16)
+    if head.startswith(TORCH_OF_OLD):
+        return "torch"
     if head[:1] == b"\x80":
         return "pickle"
     if head[:2] == b"PK":
@@ -102,10 +111,24 @@ def transfer(pretrained: Any, fresh: Any, *, keep_head: bool = False) -> Any:
     return out
 
 
-def load_pretrained(config: FinetuneConfig, study_dir: Path, num_classes: int) -> models.Params:
+def save_classes(out_dir: Path, names: Sequence[str]) -> None:
+    """classes.json, for `trained_classes`; nothing where classes have no names."""
+    if names:
+        write_json(out_dir / CLASSES, names)
+
+
+def trained_classes(weights: str | os.PathLike) -> tuple[str, ...]:
+    """Names of a run's classes, in the order of its head; none where they have none, or for a file."""
+    path = Path(weights) / CLASSES
+    return tuple(json.loads(path.read_text())) if path.is_file() else ()
+
+
+def load_pretrained(
+    config: FinetuneConfig, study_dir: Path, num_classes: int, class_names: Sequence[str] = ()
+) -> models.Params:
     """What a fine-tuning run starts from: a file, or a finished run in study_dir.
 
-    ConfigError if it does not fit the config, or its head, where that is kept, the data's num_classes.
+    ConfigError if it does not fit the config, or its head, where that is kept, the data's classes.
     """
     if config.pretrained_weights:
         try:
@@ -113,10 +136,7 @@ def load_pretrained(config: FinetuneConfig, study_dir: Path, num_classes: int) -
         except (OSError, WeightsError) as error:
             raise ConfigError(f"pretrained_weights: {error}") from None
         if loaded.pixels != "imagenet":
-            raise ConfigError(
-                f"pretrained_weights: {config.pretrained_weights} expects pixels in [-1, 1]; fine-tuning normalises by"
-                " ImageNet's channels: use weights that were trained so"
-            )
+            params = with_imagenet_pixels(params)
         own = {"variant": str(loaded)} | loaded.settings
         wanted = {"variant": config.variant} | config.model_settings
         origin = config.pretrained_weights
@@ -128,8 +148,8 @@ def load_pretrained(config: FinetuneConfig, study_dir: Path, num_classes: int) -
                 f"pretrained_run: {config.pretrained_run!r} is not a finished run in {study_dir.name}; "
                 f"finished: {', '.join(runs[:5]) or 'none'}"
             )
-        own = read_summary(folder)["config"]
-        wanted = {name: getattr(config, name) for name in OF_ARCHITECTURE}
+        trained = config_from_params(read_summary(folder)["config"])
+        own, wanted = ({"variant": run.variant} | run.model_settings for run in (trained, config))
         params, origin = load_params(folder), config.pretrained_run
     for name in wanted.keys() & own.keys() - {"image_size"}:
         if own[name] != wanted[name]:
@@ -138,4 +158,21 @@ def load_pretrained(config: FinetuneConfig, study_dir: Path, num_classes: int) -
         raise ConfigError(
             f"head: 'keep', but {origin} has {len(params['head']['b'])} classes and the data {num_classes}; allowed: new"
         )
+    if config.head == "keep" and config.pretrained_run:
+        known = trained_classes(study_dir / config.pretrained_run)
+        if different := [names for names in zip(known, class_names, strict=False) if names[0] != names[1]]:
+            raise ConfigError(f"head: 'keep', but what is {different[0][1]!r} in the data is {different[0][0]!r} to {origin}")
     return params
+
+
+def with_imagenet_pixels(params: models.Params) -> models.Params:
+    """The same ViT for pixels normalised by ImageNet's channels that these parameters are for pixels in [-1, 1].
+
+    Such a pixel is (x deviation + mean) / 127.5 - 1 of the normalised x, and patches have no padding: the change goes into the
+    patch embedding, whose inputs are pixels with the channels last, and its bias.
+    """
+    scale, shift = np.array(STDDEV_RGB) / 127.5, np.array(MEAN_RGB) / 127.5 - 1
+    weights, bias = (np.asarray(params["embedding"][name], np.float64) for name in "wb")
+    pixels = weights.reshape(-1, 3, bias.size)
+    moved = {"w": (pixels * scale[:, None]).reshape(weights.shape), "b": bias + np.einsum("pcd,c->d", pixels, shift)}
+    return params | {"embedding": {name: jnp.asarray(value, jnp.float32) for name, value in moved.items()}}

@@ -1,6 +1,7 @@
 """Fine-tuning from weight files: one command, any data, and clear words for what does not fit."""
 
 import json
+import shutil
 
 import cv2
 import jax
@@ -94,3 +95,33 @@ def test_what_does_not_fit_is_said_before_anything_is_written(weights, tmp_path,
         assert main(["finetune", *arguments, *out]) == 2
         assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_class_names_are_remembered(tmp_path):
+    """Another folder's classes are matched by them, and a head is kept for the same ones only."""
+    from nfnet_lib.config import PretrainConfig
+    from nfnet_lib.evaluate import evaluate_weights
+    from nfnet_lib.weights import trained_classes
+
+    data = picture_folder(tmp_path / "pictures", 3)
+    settings = {"variant": "F0-pico", "examples_per_epoch": 20, "heldout_examples": 3, "batch_size": 10, "resolution": 16,
+                "eval_resolution": 16}  # fmt: skip
+    run(PretrainConfig(dataset=data, **settings), tmp_path / "trained", progress=False)
+    assert trained_classes(tmp_path / "trained") == ("class00", "class01", "class02")
+    shutil.copytree(tmp_path / "pictures", tmp_path / "others" / "val")
+    (tmp_path / "others" / "val" / "class01").rename(tmp_path / "others" / "val" / "zebra")
+    with pytest.raises(ConfigError, match="classes that the weights were not trained on, zebra; a labels file"):
+        evaluate_weights(tmp_path / "trained", f"folder:{tmp_path}/others@val", progress=False)
+    (tmp_path / "labels.txt").write_text("class00\nzebra\nclass02\n")
+    sets = {"pictures": None, "others": tmp_path / "labels.txt"}
+    shutil.move(tmp_path / "pictures", tmp_path / "val")
+    shutil.copytree(tmp_path / "val", tmp_path / "pictures" / "val")
+    rows = [
+        evaluate_weights(tmp_path / "trained", f"folder:{tmp_path}/{name}@val", labels=labels, progress=False).iloc[0]
+        for name, labels in sets.items()
+    ]
+    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-6) and rows[0]["examples"] == 36
+    kept = FinetuneConfig(dataset=f"folder:{tmp_path}/others", pretrained_run="trained", head="keep", **settings)
+    with pytest.raises(ConfigError, match="what is 'class02' in the data is 'class01' to trained"):
+        run(kept.model_copy(update={"train_split": "val"}), tmp_path / "tuned", progress=False)
+    assert not (tmp_path / "tuned").exists()

@@ -36,6 +36,17 @@ def test_stacked_parameters_are_clipped_block_by_block(params):
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), alone, pick(stacked))
 
 
+def test_a_token_of_a_vit_is_a_vector():
+    """And a weight of one input is not: its units are outputs."""
+    shapes = {"cls": (1, 1, 50), "vector": (50,), "w": (1, 50)}
+    params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+    grads = {name: jnp.ones(shape) for name, shape in shapes.items()}
+    clipped, _ = adaptive_gradient_clip(0.01, 1e-3).update(grads, None, params)
+    norms = {name: float(jnp.linalg.norm(leaf)) for name, leaf in clipped.items()}
+    assert norms["cls"] == pytest.approx(1e-5) and norms["vector"] == pytest.approx(1e-5)
+    assert norms["w"] == pytest.approx(1e-5 * 50**0.5)
+
+
 def test_unstacked_clipping_is_optax_and_the_head_weight_is_free(params):
     params = {name: params[name] for name in ("stem", "final_conv", "head")}
     grads = noise_like(params, 1)
@@ -117,3 +128,4 @@ def test_scores_that_are_no_numbers_are_no_hits():
     labels = jnp.asarray([0, 8, 8])
     assert in_top(logits, labels, 1).tolist() == [False, False, False]
     assert in_top(logits, labels, 5).tolist() == [False, True, False]
+    assert not in_top(jnp.full((2, 4), jnp.nan), jnp.asarray([0, 1]), 5).any(), "of fewer classes than five, too"

@@ -222,3 +222,15 @@ def test_params_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(WeightsError, match=r"\.safetensors"):
         save_timm(params, "F0-mini", tmp_path / "x.npz")
     assert not list(tmp_path.iterdir())
+
+
+def test_bfloat16_safetensors_are_read(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    params = rule_params(models.create("F0-pico", 5))
+    save_timm(params, "F0-pico", tmp_path / "whole.safetensors")
+    halves = {name: array.astype(jnp.bfloat16) for name, array in load_file(tmp_path / "whole.safetensors").items()}
+    save_file(halves, tmp_path / "halves.safetensors")
+    _, read = load_weights(tmp_path / "halves.safetensors")
+    for one, other in zip(jax.tree.leaves(read), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(one, np.asarray(other).astype(jnp.bfloat16).astype(np.float32))

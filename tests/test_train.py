@@ -19,7 +19,7 @@ from nfnet_lib import compiler, flops, models, tuning
 from nfnet_lib.checkpoint import CheckpointError, Checkpoints
 from nfnet_lib.config import ConfigError, FinetuneConfig, PretrainConfig
 from nfnet_lib.evaluate import evaluate_weights
-from nfnet_lib.loader import Examples
+from nfnet_lib.loader import Examples, LoaderError
 from nfnet_lib.optim import make_optimizer
 from nfnet_lib.program import PROGRAM_PARAMETERS, programs
 from nfnet_lib.step import train_step
@@ -323,3 +323,30 @@ def test_processes_without_a_coordinator_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([str(tmp_path / "params.json"), "--out", str(tmp_path / "out"), "--processes", "2", "--process-id", "0"])
     assert "need --coordinator" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_run_whose_last_evaluation_fails_trains_no_step_again(tmp_path):
+    import cv2
+
+    rng = np.random.default_rng(0)
+    for split, number in (("train", 24), ("val", 8)):
+        for index in range(number):
+            path = tmp_path / "photos" / split / "ab"[index % 2] / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(path), rng.integers(0, 255, (16, 16, 3), np.uint8))
+    damaged = [tmp_path / "photos" / "val" / "a" / f"{index}.png" for index in (0, 2)]
+    sound = [path.read_bytes() for path in damaged]
+    for path, content in zip(damaged, sound, strict=True):
+        path.write_bytes(b"?" * len(content))  # of the same size: the same data set
+    config = PretrainConfig(
+        variant="F0-pico", dataset=f"folder:{tmp_path}/photos", examples_per_epoch=24, heldout_examples=8, batch_size=8,
+        epoch_budget=2, resolution=16, eval_resolution=16, checkpoints=1,
+    )  # fmt: skip
+    with pytest.raises(LoaderError, match="2 of 8 heldout examples can't be read"):
+        run(config, tmp_path / "run", progress=False)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert lines.count(b"\n") == 6
+    for path, content in zip(damaged, sound, strict=True):
+        path.write_bytes(content)
+    assert run(config, tmp_path / "run", progress=False)["steps"] == 6
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == lines

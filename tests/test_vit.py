@@ -308,3 +308,19 @@ def test_settings_of_the_other_family_are_refused():
         models.create("F0", pool="gap")
     with pytest.raises(ValueError, match="pool: 'mean' is not one of gap, map, tok"):
         models.create("S/16", pool="mean")
+
+
+def test_weights_for_other_pixels_are_fine_tuned_as_what_they_are(tmp_path):
+    """A big_vision file expects pixels in [-1, 1]; a run normalises by channel: the patch embedding takes up the change."""
+    from nfnet_lib.config import FinetuneConfig
+    from nfnet_lib.step import normalise
+    from nfnet_lib.weights import load_pretrained
+
+    checkpoint(tmp_path / "vit.npz", "Ti/4-mini", pool="tok")
+    variant, params = load_big_vision(tmp_path / "vit.npz")
+    config = FinetuneConfig(variant="Ti/4-mini", pool="tok", pretrained_weights=str(tmp_path / "vit.npz"))
+    moved = load_pretrained(config, tmp_path, 11)
+    images = jnp.asarray(np.random.default_rng(0).integers(0, 255, (4, 32, 32, 3), np.uint8))
+    model = models.create(variant)
+    wanted, found = (model.apply(p, normalise(images, kind)) for p, kind in ((params, "unit"), (moved, "imagenet")))
+    np.testing.assert_allclose(found, wanted, atol=2e-5 * np.abs(wanted).max(), rtol=0)
