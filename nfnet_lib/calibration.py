@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nfnet_lib import paper
+from nfnet_lib.config import ConfigError
 from nfnet_lib.tpus import ESTIMATES, Cost, cost, parse_topology
 from nfnet_lib.variants import get_variant
 
@@ -162,6 +163,8 @@ def plan_table(
     """
     import pandas as pd
 
+    if not variants or not epochs:
+        raise ConfigError(f"variants, epochs: {variants}, {epochs}; at least one of each is needed")
     rows = []
     for variant in variants:
         for budget in epochs:

@@ -15,7 +15,7 @@ from nfnet_lib.records import RecordError
 def _data_show(arguments: argparse.Namespace) -> int:
     import cv2
 
-    from nfnet_lib.data_plots import class_name, labels_of
+    from nfnet_lib.data_plots import class_name, labels_of, picture
     from nfnet_lib.dedup import open_set
     from nfnet_lib.explore import tiles
     from nfnet_lib.sources import FRACTALS
@@ -28,7 +28,7 @@ def _data_show(arguments: argparse.Namespace) -> int:
     source = open_set(arguments.name, "train", arguments.data_dir, 64 if fractals else None)
     shown = range(min(64, len(source)))
     captions = [", ".join(class_name(source, label) for label in labels) for labels in labels_of(source, len(shown))]
-    if not cv2.imwrite(str(arguments.out), tiles([source[i][0] for i in shown], captions)[..., ::-1]):
+    if not cv2.imwrite(str(arguments.out), tiles([picture(source, i) for i in shown], captions)[..., ::-1]):
         raise OSError(f"out: {arguments.out} can't be written")
     size = "endless" if fractals else f"{len(source)} examples"
     print(f"{source.name}: {size}, {source.num_classes} classes; the first {len(shown)}: {arguments.out}")
@@ -195,7 +195,8 @@ def _dedup(arguments: argparse.Namespace) -> int:
             against_examples=arguments.against_examples,
         )
     )  # fmt: skip
-    print(f"pairs.csv, exclude.json (for a run's `exclude`) and borderline.png are in {arguments.out}")
+    use = "of files by path; for a run's `exclude` compare folder:DIR" if Path(train).is_dir() else "for a run's `exclude`"
+    print(f"pairs.csv, exclude.json ({use}) and borderline.png are in {arguments.out}")
     return 0
 
 

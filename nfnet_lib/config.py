@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from nfnet_lib import PROJECT
 from nfnet_lib.variants import Variant, ViTVariant, get_variant
 
+_THAT_TRAIN = {"02_pretrain", "03_finetune"}  # notebooks that are no analyses of a study
 _OF_NOTEBOOKS = {"study_dir", "lr_grid", "comparison_seeds"}  # parameters that notebooks have beside a config's
 
 
@@ -377,11 +378,11 @@ class StudyConfig(BaseModel):
         for name in ("variants", "epoch_budgets", "seeds", "finetune_augmults"):
             if len(set(values := getattr(self, name))) != len(values):
                 raise ConfigError(f"{name}: {values} has repeats")
-        known = sorted(path.stem for path in (PROJECT / "notebooks").glob("*.ipynb"))
+        known = sorted({path.stem for path in (PROJECT / "notebooks").glob("*.ipynb")} - _THAT_TRAIN)
         for name in self.notebooks:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=2, cutoff=0.4) or known
-                raise ConfigError(f"notebooks: {name!r} is not one of notebooks/; did you mean {' or '.join(near)}?")
+                raise ConfigError(f"notebooks: {name!r} is not an analysis in notebooks/; did you mean {' or '.join(near)}?")
         for variant, budgets in self.variant_epoch_budgets.items():
             if variant not in self.variants or not budgets or len(set(budgets)) != len(budgets):
                 raise ConfigError(

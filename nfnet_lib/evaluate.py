@@ -16,7 +16,7 @@ from nfnet_lib.data import load_sources
 from nfnet_lib.data_plots import labels_of
 from nfnet_lib.dedup import open_set
 from nfnet_lib.loader import eval_batches
-from nfnet_lib.predict import eval_margin, loss_of, read_labels
+from nfnet_lib.predict import LARGEST, eval_margin, loss_of, read_labels
 from nfnet_lib.records import PARAMS, read_summary
 from nfnet_lib.sources import Source
 from nfnet_lib.step import eval_step, means_of
@@ -213,8 +213,8 @@ def _among_present(params, mapping: np.ndarray, source: Source):
 
 def _refuse_resolution(variant, resolution: int) -> None:
     multiple = models.create(variant).variant.resolution_multiple
-    if resolution < multiple or resolution % multiple:
-        raise ConfigError(f"resolutions: {resolution} is not a multiple of {multiple}, which {variant} needs")
+    if not multiple <= resolution <= LARGEST or resolution % multiple:
+        raise ConfigError(f"resolutions: {resolution} is not a multiple of {multiple} up to {LARGEST}, which {variant} needs")
 
 
 def _imagenet_names() -> list[str]:

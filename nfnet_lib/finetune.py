@@ -1,5 +1,6 @@
 """Fine-tuning of weights from a file on any data set, by one command: the published recipe, made to fit the data."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +44,15 @@ def finetune_config(
     if not dataset:
         raise ConfigError("dataset: '' is none; name one, or a recipe that does")
     epochs, batch_size = 10 if epochs is None else epochs, 32 if batch_size is None else batch_size
-    if epochs <= 0 or batch_size < 1:
-        raise ConfigError(f"epochs, batch_size: {epochs}, {batch_size}; expected above 0")
+    if not 0 < epochs < math.inf or batch_size < 1:
+        raise ConfigError(f"epochs, batch_size: {epochs}, {batch_size}; expected above 0, and an end")
     examples, heldout = (overrides.get(name) for name in ("examples_per_epoch", "heldout_examples"))
     examples = examples or _length(dataset, "train", overrides) - overrides.get("selection_examples", 0)
     heldout = heldout or _length(dataset, "heldout", overrides)
     if examples < 1:
         raise ConfigError(f"selection_examples: {overrides['selection_examples']} leaves nothing to train on")
-    batch_size = min(batch_size, examples)
+    if given["batch_size"] is None:
+        batch_size = min(batch_size, examples)
     steps = max(1, round(epochs * examples / batch_size))
     variant, published = get_variant(loaded), load_recipe(PUBLISHED).finetune
     return FinetuneConfig.from_params(

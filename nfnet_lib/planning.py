@@ -128,9 +128,10 @@ def explorer(result: FrontierResult | None, **start):
     import ipywidgets as widgets
 
     from nfnet_lib.config import ConfigError
-    from nfnet_lib.variants import SMALL, VARIANTS
+    from nfnet_lib.variants import SMALL, VARIANTS, get_variant
 
-    full = [name for name in VARIANTS if not name.endswith(SMALL)]
+    start = start | {"variants": [get_variant(name).name for name in start["variants"]]}
+    full = [name for name in VARIANTS if not name.endswith(SMALL) or name in start["variants"]]
     controls = {
         "variants": widgets.SelectMultiple(options=full, value=start["variants"], rows=8, description="variants"),
         "epochs": widgets.Text(", ".join(f"{e:g}" for e in start["epochs"]), description="epochs"),
@@ -148,8 +149,6 @@ def explorer(result: FrontierResult | None, **start):
         try:
             budget, epochs = values.pop("core_hours"), [float(e) for e in values.pop("epochs").split(",") if e.strip()]
             plans = plan_table(list(values.pop("variants")), epochs, **{**values, "price": values["price"] or None})
-            if plans.empty:
-                raise ValueError("choose at least one variant and one number of epochs")
             shown.value = f"<p>{choice_sentence(plans, budget, result)}</p>" + readable(plans, result).to_html(
                 index=False
             )

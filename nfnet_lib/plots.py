@@ -382,12 +382,12 @@ def parameters_and_macs(table: "pd.DataFrame", note: str | None = None) -> Figur
 def contact_sheet(images: np.ndarray, note: str | None = None, columns: int = 12) -> Figure:
     """Images uint8 [N, H, W, 3] side by side, `columns` a row, as they are."""
     rows = -(-len(images) // columns)
-    size = images.shape[1]
-    sheet = np.full((rows * (size + 2), columns * (size + 2), 3), 255, np.uint8)
+    height, width = images.shape[1:3]
+    sheet = np.full((rows * (height + 2), columns * (width + 2), 3), 255, np.uint8)
     for index, image in enumerate(images):
-        top, left = index // columns * (size + 2), index % columns * (size + 2)
-        sheet[top : top + size, left : left + size] = image
-    figure, axes = new_figure(size=(9, 9 * rows / columns + 0.3), note=note)
+        top, left = index // columns * (height + 2), index % columns * (width + 2)
+        sheet[top : top + height, left : left + width] = image
+    figure, axes = new_figure(size=(9, 9 * sheet.shape[0] / sheet.shape[1] + 0.3), note=note)
     axes.imshow(sheet, interpolation="nearest")
     axes.set_axis_off()
     return figure

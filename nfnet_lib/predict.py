@@ -20,6 +20,8 @@ from nfnet_lib.records import SUMMARY, read_summary
 from nfnet_lib.step import normalise
 from nfnet_lib.weights import load_weights
 
+LARGEST = 4096  # pixels, of a run as well (config.py)
+
 
 def predict(
     image: str | os.PathLike | np.ndarray, weights: str | os.PathLike,
@@ -80,8 +82,8 @@ def _loaded(weights: str | os.PathLike, resolution: int | None):
         tested = variant.settings.get("image_size", model.variant.test_px)
         resolution = _config_of_run(weights).get("eval_resolution", tested)
     multiple = model.variant.resolution_multiple
-    if resolution < multiple or resolution % multiple:
-        raise ConfigError(f"resolution: {resolution} is not a multiple of {multiple}, which {variant} needs")
+    if not multiple <= resolution <= LARGEST or resolution % multiple:
+        raise ConfigError(f"resolution: {resolution} is not a multiple of {multiple} up to {LARGEST}, which {variant} needs")
 
     margin = eval_margin(weights, resolution)
 

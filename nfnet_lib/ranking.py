@@ -32,6 +32,8 @@ def finetuned_cells(df: "pd.DataFrame", augmult: int = 1, compute: str = "train_
         heldout_examples=table["run_id"].map(by_run["heldout_examples"]),
     )
     columns = ["num_params", "pretrain_compute", "pretrain_heldout_loss", "top1_error_percent", "heldout_examples"]
+    if table.empty:  # has no numbers to take means of
+        return table[["variant", "epoch_budget", *columns]]
     return table.groupby(["variant", "epoch_budget"], sort=False)[columns].mean().reset_index()
 
 

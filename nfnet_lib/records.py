@@ -178,6 +178,8 @@ def existing_folder(path: str | os.PathLike) -> Path:
 def read_summary(run_dir: str | os.PathLike) -> dict:
     """The summary of one finished run. Raises RecordError naming the file and what is damaged, missing or too old."""
     path = Path(run_dir) / SUMMARY
+    if not path.exists():
+        raise RecordError(f"{run_dir} is not the folder of a finished run: {SUMMARY} is not there")
     try:
         summary = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except (ValueError, OSError, RecursionError) as error:  # UnicodeDecodeError is a ValueError

@@ -37,8 +37,9 @@ def open_study(study_dir: str = "") -> tuple["pd.DataFrame", Path]:
     folder = PROJECT / (study_dir or "outputs/laptop")
     if any(folder.glob("*/summary.json")):
         return collect(folder, with_diverged=True), folder / "figures"
-    if not study_dir and (PUBLISHED / "results.csv").exists():
-        return pd.read_csv(PUBLISHED / "results.csv"), PROJECT / "outputs" / "by_hand" / "figures"
+    published = folder if study_dir else PUBLISHED  # whose table is there without the runs
+    if (published / "results.csv").exists():
+        return pd.read_csv(published / "results.csv"), PROJECT / "outputs" / "by_hand" / "figures"
     raise FileNotFoundError(f"{study_dir or 'outputs/laptop'} holds no finished runs; `make reproduce` makes them")
 
 
@@ -281,6 +282,9 @@ def front_page(study_dir: Path) -> str:
     lines += ["", "## Not reproduced", "", *(f"- {text}" for text in NOT_REPRODUCED)]
     failed = run_table(study_dir).query("state.str.startswith('failed')")
     lines += [f"- {len(failed)} of this study's cells failed: see [every run](runs.md)."] if len(failed) else []
+    if broken := sorted(path.name.split(".")[0] for path in (study_dir / "analysis").glob("*.partial.ipynb")):
+        lines += [f"- {', '.join(broken)}: what failed in {'these notebooks' if broken[1:] else 'this notebook'} is in the logs"
+                  " in the study's analysis folder."]  # fmt: skip
     if len(records):
         lines += ["", "## Where the numbers come from", "", _markdown(provenance(records))]
     return "\n".join([*lines, ""])
@@ -301,6 +305,8 @@ def publish(study_dir: str | Path, target: Path = PUBLISHED) -> Path:
     """
     study_dir = Path(study_dir)
     records = collect(study_dir)
+    if records.empty:
+        raise RecordError(f"{study_dir}: holds no finished runs; only a finished study is published")
     commits = sorted({str(commit) for commit in records["git_commit"]})
     if len(commits) != 1 or commits == ["None"] or records["git_dirty"].any():
         raise RecordError(f"{study_dir}: only runs from one clean commit are published; found {', '.join(commits)}"

@@ -104,7 +104,10 @@ def shown(table: "pd.DataFrame") -> "pd.DataFrame":
     return pd.DataFrame({
         "cell": table["path"],
         "state": table["state"],
-        "step": [f"{number(a, 'd')}/{number(b, 'd')}".strip("/") for a, b in zip(table["step"], table["steps"], strict=True)],
+        "step": [
+            number(a, "d") + ("" if pd.isna(b) else f"{'-' if pd.isna(a) else ''}/{b:d}")
+            for a, b in zip(table["step"], table["steps"], strict=True)
+        ],
         "loss": [number(value, ".4f") for value in table["loss"]],
         "images/s": [number(value, ".0f") for value in table["images_per_second"]],
         "ETA": [number(value, ".0f") and duration(value) for value in table["seconds_left"]],

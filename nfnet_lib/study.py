@@ -23,8 +23,10 @@ from nfnet_lib.files import write_json
 from nfnet_lib.graph import Done, Step, Work, run_graph
 from nfnet_lib.locks import exclusive
 from nfnet_lib.records import STOP, collect, results_csv
+from nfnet_lib.report import best_run
 from nfnet_lib.study_grid import PretrainCell, pretrain_cells, search_of, smaller_cells
 from nfnet_lib.tuning import known_loss
+from nfnet_lib.variants import get_variant
 
 GRACE_SECONDS = 60  # that interrupted runs get for a last checkpoint
 _FREE_TO_CHANGE = (
@@ -45,10 +47,10 @@ def run_study(
     """
     from tqdm.auto import tqdm
 
+    study_dir = study_dir.resolve()  # cells are in the checkout
     refuse_other_study(study, study_dir)
     cells = pretrain_cells(study)
-    if unknown := set(only) - {cell.name for cell in cells}:
-        raise ConfigError(f"only: no cell {sorted(unknown)[0]!r}; known: {', '.join(cell.name for cell in cells)}")
+    refuse_unknown_cells(study, only)
     runs_on = make_engine(
         engine, workers=study.workers, cores_per_run=study.cores_per_run, memory_per_run_gb=study.memory_per_run_gb,
         gpus_per_run=study.gpus_per_run, retries=study.retries, address=address,
@@ -141,12 +143,18 @@ def _graph(study: StudyConfig, study_dir: Path) -> list[Step]:
 
 
 def _analysis_step(study: StudyConfig, study_dir: Path, name: str, needs: tuple[str, ...]) -> Step:
-    make = functools.partial(_notebook, study, study_dir, name, _shown(study, study_dir, name), "cpu")
+    def make() -> Work | str:
+        if name == "07_evaluate" and best_run(str(study_dir)) is None:
+            return "not run: no pre-training run is done"
+        return _notebook(study, study_dir, name, _shown(study, study_dir, name), "cpu")
+
     return Step(name, needs, make, _executed(name))
 
 
 def _shown(study: StudyConfig, study_dir: Path, name: str) -> dict[str, Any]:
-    """What an analysis notebook is told: the study's folder or, of 00_data, the data that it trains on."""
+    """What an analysis notebook is told: the study's folder, or the data that it trains on, or its best run."""
+    if name == "07_evaluate" and (best := best_run(str(study_dir))) is not None:
+        return {"weights": project_relative(best)}
     if name != "00_data":
         return {"study_dir": project_relative(study_dir)}
     first = pretrain_cells(study)[0]
@@ -263,6 +271,13 @@ def _executed(name: str) -> Callable[[Any, float | None], str]:
     return lambda _, took: f"{name}: executed ({took:.0f} s)"
 
 
+def refuse_unknown_cells(study: StudyConfig, only: Sequence[str]) -> None:
+    """ConfigError for a name of no pre-training cell."""
+    known = [cell.name for cell in pretrain_cells(study)]
+    if unknown := sorted(set(only) - set(known)):
+        raise ConfigError(f"only: no cell {unknown[0]!r}; known: {', '.join(known)}")
+
+
 def refuse_other_study(study: StudyConfig, study_dir: Path) -> None:
     """ConfigError, with the key and both values, where study_dir holds a study that differs in what records depend on."""
     path = study_dir / "study.json"
@@ -276,12 +291,19 @@ def refuse_other_study(study: StudyConfig, study_dir: Path) -> None:
             from None
     free = _FREE_TO_CHANGE if any(study_dir.glob("finetune_*")) else _FREE_TO_CHANGE + _OF_FINETUNING
     for key in now:
-        if key not in free and not _only_grew(key, before, now) and (differs := _difference(key, before.get(key), now[key])):
+        pair = [_with_defaults(key, content.get(key)) for content in (before, now)]
+        if key not in free and not _only_grew(key, before, now) and (differs := _difference(key, *pair)):
             key, old, new = differs
             raise ConfigError(
                 f"{key}: {new!r}, but {project_relative(study_dir)} holds a study with {old!r}; "
                 "give the study another name or another --out"
             )
+
+
+def _with_defaults(key: str, value: Any) -> Any:
+    """Parameters of runs with those that a study's file leaves out."""
+    of_runs = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
+    return of_runs[key].model_construct().model_dump(mode="json") | value if key in of_runs and value is not None else value
 
 
 def _only_grew(key: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
@@ -290,7 +312,10 @@ def _only_grew(key: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
         budgets = [lambda name, of=of: set(of["variant_epoch_budgets"].get(name, of["epoch_budgets"])) for of in (before, now)]
         return all(budgets[0](name) <= budgets[1](name) for name in before["variants"])
     if key in ("seeds", "finetune_augmults"):
-        return bool(before[key]) and set(before[key]) <= set(now[key])
+        default = [before["pretrain"].get("seed", 0)] if key == "seeds" else []
+        return bool(now[key]) and set(before[key] or default) <= set(now[key])
+    if key == "families":  # of one that had no variants nothing is on record
+        return all(before[key].get(name) == now[key].get(name) for name in {get_variant(v).family for v in before["variants"]})
     if key == "variants":  # the first one's ways of fine-tuning are compared
         return before[key][0] == now[key][0] and set(before[key]) <= set(now[key])
     if key == "lr_start":

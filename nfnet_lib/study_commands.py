@@ -22,7 +22,7 @@ def _study(arguments: argparse.Namespace) -> int:
         study = study.model_copy(update={"workers": arguments.workers})
     study_dir = arguments.out or PROJECT / "outputs" / study.name
     if arguments.dry_run:
-        return _dry_run(study, study_dir)
+        return _dry_run(study, study_dir, arguments.only)
     clock = time.monotonic()
     report, failures = run_study(
         study, study_dir, engine=arguments.engine, address=arguments.address, only=arguments.only
@@ -43,21 +43,23 @@ def _cells(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _dry_run(study: StudyConfig, study_dir: Path) -> int:
+def _dry_run(study: StudyConfig, study_dir: Path, only: list[str]) -> int:
     import pandas as pd
 
     from nfnet_lib.engine import room_for
     from nfnet_lib.records import collect
     from nfnet_lib.report import PUBLISHED
-    from nfnet_lib.study import refuse_other_study
+    from nfnet_lib.study import refuse_other_study, refuse_unknown_cells
     from nfnet_lib.study_plan import plan_sentence, plan_table
 
     refuse_other_study(study, study_dir)
+    refuse_unknown_cells(study, only)
     timed = [collect(study_dir)] if study_dir.is_dir() else []
     if (PUBLISHED / "results.csv").exists():
         timed.append(pd.read_csv(PUBLISHED / "results.csv"))
     timed = [table[table["platform"] == study.platform] for table in timed if len(table)]
     table = plan_table(study, study_dir, next((t for t in timed if len(t)), None))
+    table = table[table["cell"].isin(only)] if only else table
     shown = {"train_flops": "{:.3g}".format, "minutes": "{:.2g}".format, "core_hours": "{:.2g}".format}
     print(table.to_string(index=False, formatters=shown))
     print(plan_sentence(table, room_for(study.workers, study.cores_per_run, study.memory_per_run_gb)))

@@ -37,6 +37,7 @@ def plan_table(study: StudyConfig, study_dir: Path, timed: "pd.DataFrame | None"
         else:
             done = found is not None and finished(found[0], study_dir, found[1]) is not None
         rows.append(_row(cell.name, config, least_runs(study, cell), done, timed))
+    searched = {cell.variant for cell, row in zip(pretrain_cells(study), rows, strict=True) if row["state"] != "done"}
     known = collect(study_dir) if study_dir.is_dir() else pd.DataFrame()
     tuned = compared = known[known["kind"] == "finetune"] if len(known) else known
     if "compared_as" in tuned:
@@ -47,7 +48,8 @@ def plan_table(study: StudyConfig, study_dir: Path, timed: "pd.DataFrame | None"
         for augmult in study.finetune_augmults:
             config = study.finetune_config(variant, "to-be-found", augmult)
             there = int((tuned["variant"].eq(variant) & tuned["augmult"].eq(augmult)).sum()) if len(tuned) else 0
-            rows.append(_row(f"finetune_{variant.replace('/', '-')}_ra{augmult}", config, count, there >= count, timed))
+            done = there >= count and variant not in searched
+            rows.append(_row(f"finetune_{variant.replace('/', '-')}_ra{augmult}", config, count, done, timed))
     if study.comparison_seeds:  # all its runs cost as much
         first, count = study.variants[0], len(ARMS) * study.comparison_seeds
         there = int(compared["variant"].eq(first).sum()) if len(compared) else 0

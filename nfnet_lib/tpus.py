@@ -76,6 +76,7 @@ class Cost:
     flops: float
     floor_seconds: float
     memory: dict[str, float]
+    remat: str = "none"
 
     @property
     def fits(self) -> bool:
@@ -99,7 +100,8 @@ class Cost:
         """What would make a run fit: the largest part of its memory made smaller."""
         state = sum(self.memory[name] for name in ("params", "optimizer"))
         if self.memory["activations"] >= state:
-            return "remat by_stage or full, a smaller batch, or a larger slice"
+            less = {"full": "", "by_stage": "remat full, "}.get(self.remat, "remat by_stage or full, ")
+            return f"{less}a smaller batch, or a larger slice"
         return "sharding fsdp on a larger slice"
 
     def bill(self, step_seconds: float | None = None, price: float | None = None) -> str:
@@ -135,6 +137,10 @@ def cost(
     for name, value in (("epochs", epochs), ("examples", examples), ("global_batch", global_batch)):
         if not 0 < value < math.inf:
             raise ConfigError(f"{name}: {value} is not above 0, or has no end")
+    if examples < 1:
+        raise ConfigError(f"examples: {examples:g} is not at least 1")
+    if not 0 <= rho < math.inf:
+        raise ConfigError(f"rho: {rho:g}; allowed: 0 or more")
     if num_classes < 1:
         raise ConfigError(f"num_classes: {num_classes} is not at least 1")
     multiple = architecture.resolution_multiple
@@ -156,6 +162,7 @@ def cost(
         chip, chips, steps, flops, max(flops / steps / (chip.flops * chips), traffic),
         state | {"gradient": params, "gathered params": params if share > 1 else 0.0, "batch": images * resolution**2 * 3.0,
                  "activations": activation_bytes(architecture, images, resolution, remat, bottleneck_rule)},
+        remat,
     )  # fmt: skip
 
 

@@ -166,6 +166,8 @@ def test_cells_are_means_over_fine_tuning_runs():
     cells = ranking.finetuned_cells(synthetic.table([*runs, *tuned]))
     np.testing.assert_allclose(cells["top1_error_percent"], [15, 30])
     np.testing.assert_allclose(cells["num_params"], [r["num_params"] for r in runs])
+    none = ranking.finetuned_cells(synthetic.table(runs))
+    assert none.empty and "Fewer than two cells" in ranking.sentence(ranking.best_by_budget(none))
 
 
 def test_figures_draw_what_the_tables_say():

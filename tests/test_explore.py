@@ -75,6 +75,17 @@ def test_data_show(name, words, tmp_path, capsys):
         assert "out: " in capsys.readouterr().err
 
 
+def test_data_show_of_a_folder_with_a_picture_that_can_not_be_read(tmp_path):
+    for number in range(16):
+        path = tmp_path / "photos" / "a" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path), np.full((20, 30, 3), 10 * number, np.uint8))
+        if number % 2:
+            path.write_bytes(b"no picture")
+    assert main(["data", "show", f"folder:{tmp_path}/photos", "--out", str(tmp_path / "sheet.png")]) == 0
+    assert (cv2.imread(str(tmp_path / "sheet.png")) == 128).any(), "a grey square stands for it"
+
+
 def test_an_example_that_can_not_be_read_is_a_grey_picture_not_the_end_of_the_notebook():
     """Training leaves such examples out and goes on."""
 

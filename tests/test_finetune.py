@@ -86,6 +86,9 @@ def test_what_does_not_fit_is_said_before_anything_is_written(weights, tmp_path,
     out = ["--out", str(tmp_path / "out")]
     for arguments, words in (
         (["--weights", str(tmp_path / "junk.npz"), "--data", "digits"], "junk.npz is neither"),
+        (["--weights", str(weights), "--data", "digits", "--epochs", "nan"], "epochs, batch_size: nan"),
+        (["--weights", str(weights), "--data", "digits", "--epochs", "inf"], "epochs, batch_size: inf"),
+        (["--weights", str(weights), "--data", "digits", "--batch-size", "5000"], "5000 is larger than the data"),
         (["--weights", str(weights), "--data", "digit"], "unknown 'digit'; did you mean digits"),
         (["--weights", str(weights), "--data", "digits", "-p", "resolutoin=32"], "did you mean resolution"),
         (["--weights", str(weights), "--data", "digits", "-p", "resolution"], "is not NAME=VALUE"),
@@ -123,5 +126,5 @@ def test_class_names_are_remembered(tmp_path):
     assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-6) and rows[0]["examples"] == 36
     kept = FinetuneConfig(dataset=f"folder:{tmp_path}/others", pretrained_run="trained", head="keep", **settings)
     with pytest.raises(ConfigError, match="what is 'class02' in the data is 'class01' to trained"):
-        run(kept.model_copy(update={"train_split": "val"}), tmp_path / "tuned", progress=False)
+        run(kept.model_copy(update={"train_split": "val", "heldout_split": "val"}), tmp_path / "tuned", progress=False)
     assert not (tmp_path / "tuned").exists()

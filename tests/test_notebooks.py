@@ -11,7 +11,7 @@ from synthetic import summary, write_runs
 from nfnet_lib.config import FinetuneConfig, PretrainConfig
 from nfnet_lib.files import write_json
 from nfnet_lib.records import RecordError
-from nfnet_lib.report import build_report, publish
+from nfnet_lib.report import build_report, front_page, publish
 from nfnet_lib.report_pages import clean_notebook
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
@@ -82,8 +82,19 @@ def test_cleaning_cuts_paths():
     assert json.dumps(cleaned) == '{"metadata": {}, "cells": [{"metadata": {}, "source": "c.py"}]}'
 
 
+def test_notebooks_that_failed_are_named_on_the_first_page(tmp_path):
+    write_runs(tmp_path, [summary("a")])
+    assert "what failed" not in front_page(tmp_path)
+    (tmp_path / "analysis").mkdir()
+    (tmp_path / "analysis" / "05_compare.partial.ipynb").write_text("{}")
+    assert "05_compare: what failed in this notebook is in the logs" in front_page(tmp_path)
+
+
 def test_only_a_whole_study_of_one_clean_commit_is_published(tmp_path):
     folder, target = tmp_path / "study", tmp_path / "published"
+    folder.mkdir()
+    with pytest.raises(RecordError, match="holds no finished runs"):
+        publish(folder, target)
     write_runs(folder, [summary("a", git_commit="1" * 40), summary("b", git_commit="2" * 40)])
     with pytest.raises(RecordError, match="one clean commit"):
         publish(folder, target)

@@ -178,6 +178,14 @@ def test_the_explorer_follows_its_controls_and_shows_what_is_wrong():
     assert "at the floor" in shown.value
 
 
+def test_the_explorer_has_the_small_variants_that_it_is_asked_for():
+    widget = planning.explorer(frontier(), variants=["F0-mini", "B/16"], epochs=[1.0], core_hours=1.0, price=0.0, **PAPER)
+    choice = widget.children[0].children[0]
+    assert choice.value == ("F0-mini", "B/16") and [name for name in choice.options if "-" in name] == ["F0-mini"]
+    with pytest.raises(ConfigError, match="at least one of each"):
+        calibration.plan_table([], [1.0], **PAPER)
+
+
 def test_costs_figure():
     plans = calibration.plan_table(["F0", "F2"], [0.25, 1, 8], **PAPER)
     (axes,) = planning.costs(plans, 5000).axes

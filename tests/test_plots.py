@@ -218,6 +218,15 @@ def test_labels_stay_off_markers_at_their_ends():
     assert not box.y0 - 3 < y < box.y1 + 3
 
 
+def test_pictures_of_any_shape_are_shown_whole():
+    images = np.random.default_rng(0).integers(0, 255, (3, 20, 50, 3), np.uint8)
+    figure = plots.contact_sheet(images, columns=2)
+    (shown,) = figure.axes[0].images
+    sheet = np.asarray(shown.get_array())
+    np.testing.assert_array_equal(sheet[22:42, :50], images[2])
+    assert sheet.shape == (44, 104, 3)
+
+
 def test_the_note_is_on_the_figure_and_global_settings_are_untouched(result):
     before = dict(mpl.rcParams)
     figure = plots.figure2(result, note="two laptops")

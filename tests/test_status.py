@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 
+import pandas as pd
 import pytest
 import synthetic
 
@@ -110,6 +111,8 @@ def test_state_rate_time_left_and_host(running, capsys):
         assert words in shown
     assert main(["status", str(running), "--watch", "0"]) == 2
     assert status.duration(3909) == "1:05:09"
+    early = status.shown(table.reset_index().assign(step=pd.array([pd.NA] * 3, "Int64")))
+    assert early["step"].str.match("-/[0-9]+$|$").all(), "no step is done yet"
 
 
 def test_watching_goes_on_until_ctrl_c(running):

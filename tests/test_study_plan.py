@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import synthetic
 
-from nfnet_lib import flops, graph, rules, study, study_grid
+from nfnet_lib import flops, graph, rules, study, study_grid, study_plan
 from nfnet_lib.cell import CellFailed, cell_dir
 from nfnet_lib.cli import main
 from nfnet_lib.config import ConfigError, StudyConfig
@@ -98,13 +98,28 @@ def test_a_dry_run_plans_counts_and_writes_nothing(path, tmp_path, capsys):
     assert two["runs"].tolist() == [2, 2, 2, 3], "before the smallest cell is done, too"
 
 
-def test_compared_ways_of_fine_tuning_are_no_cells(tmp_path):
+def test_a_dry_run_of_one_cell(path, tmp_path, capsys):
+    arguments = ["study", str(path), "--out", str(tmp_path / "out"), "--dry-run", "--only"]
+    assert main([*arguments, "F0-mini_ep2"]) == 0 and "1 cells, 3 runs" in capsys.readouterr().out
+    assert main([*arguments, "F0-mini_ep3"]) == 2 and "only: no cell 'F0-mini_ep3'" in capsys.readouterr().err
+
+
+def test_seeds_are_added_to_a_study_without(path, tmp_path):
+    write_json(tmp_path / "study.json", StudyConfig.from_file(path, {"pretrain.seed": 3}).model_dump(mode="json"))
+    study.refuse_other_study(StudyConfig.from_file(path, {"pretrain.seed": 3, "seeds": [3, 4]}), tmp_path)
+    with pytest.raises(ConfigError, match=r"seeds: \[0, 1\], but"):
+        study.refuse_other_study(StudyConfig.from_file(path, {"pretrain.seed": 3, "seeds": [0, 1]}), tmp_path)
+
+
+def test_compared_ways_of_fine_tuning_are_no_cells(tmp_path, monkeypatch):
     laptop = StudyConfig.from_file(study.NOTEBOOKS.parent / "params" / "laptop" / "study.yaml")
+    monkeypatch.setattr(study_plan, "finished", lambda *_: {})  # pre-training
     for compared, state in (("plain", "to do"), ("", "done")):
         own = {"variant": "F0-nano", "augmult": 1, "compared_as": compared}
         synthetic.write_runs(tmp_path / state, [synthetic.summary("a", kind="finetune", config=own)])
         table = plan_table(laptop, tmp_path / state).set_index("cell")
-        assert table.loc["finetune_F0-nano_ra1", "state"] == state and table.loc["finetune_F0-nano_ra4", "state"] == "to do"
+        assert table.loc["finetune_F0-nano_ra1", "state"] == state, "while its pre-training is done"
+        assert table.loc["finetune_F0-nano_ra4", "state"] == "to do"
         assert table.loc["03_finetune", ["runs", "state"]].tolist() == [15, "to do"], "5 ways, 3 seeds"
 
 
@@ -287,8 +302,9 @@ def test_a_changed_file_is_refused_but_where_it_runs_may_change(path, tmp_path):
     study.refuse_other_study(StudyConfig.from_file(path, {"workers": 1, "retries": 0, "platform": "cuda"}), folder)
     with pytest.raises(ConfigError, match=r"^pretrain\.num_classes: 8, but .* holds a study with 4;"):
         study.refuse_other_study(StudyConfig.from_file(path, {"pretrain.num_classes": 8}), folder)
-    with pytest.raises(ConfigError, match=r"^pretrain\.flip: False, but .* holds a study with None;"):
+    with pytest.raises(ConfigError, match=r"^pretrain\.flip: False, but .* holds a study with True;"):
         study.refuse_other_study(StudyConfig.from_file(path, {"pretrain.flip": False}), folder)
+    study.refuse_other_study(StudyConfig.from_file(path, {"pretrain.flip": True}), folder)
     assert main(["study", str(path), "--out", str(folder), "--dry-run", "-p", "pretrain.num_classes=8"]) == 2
 
 
@@ -307,11 +323,15 @@ def test_a_study_may_grow_but_not_change(path, tmp_path):
 
     check(variants=["F0-mini", "F0-nano", "F1-mini"], epoch_budgets=[0.5, 1, 2], seeds=[1, 0])
     check(epoch_budgets=[4], variant_epoch_budgets={"F0-mini": [1, 2], "F1-mini": [2, 1]})
+    vit = {"ViT": {"pretrain": {"optimizer": "adamw"}, "lr_grid": [0.001, 0.002]}}
+    check(variants=["F0-mini", "F1-mini", "Ti/4-mini"], families=vit)
+    refused("families.NFNet", families={"NFNet": {"lr_grid": [0.1, 0.2]}})
     refused("variants", variants=["F1-mini", "F0-mini"])
     refused("variants", variants=["F0-mini"])
     refused("epoch_budgets", epoch_budgets=[1])
     refused("variant_epoch_budgets.F1-mini", variant_epoch_budgets={"F1-mini": [1]})
     refused("seeds", seeds=[1])
+    refused("seeds", seeds=[])
     refused("lr_start.1.0", lr_start={1: 0.2})
     check(lr_start={1: 0.1, 2: 0.1})
     check(finetune={"rho": 0.05}, finetune_augmults=[2, 1], finetune_variants={"F0-mini": {"rho": 0.1}})
@@ -329,6 +349,7 @@ def test_a_study_may_grow_but_not_change(path, tmp_path):
          "finetune: bottleneck_rule: 'released' for F1-mini, pre-trained with 'published'; allowed: the same"),
         ({"finetune": {"head": "keep", "num_classes": 7}}, "head: 'keep' for F1-mini, but the data of pre-training have 4"),
         ({"finetune": {"batch_size": 18, "examples_per_epoch": 36}, "comparison_seeds": 1}, "augmult: 4 does not divide"),
+        ({"notebooks": ["02_pretrain"]}, "notebooks: '02_pretrain' is not an analysis"),
         ({"finetune": {"exclude": "no/such/list.json"}}, "exclude: no/such/list.json is not a list of ids"),
         ({"families": {"NFNet": {"pretrain": {"dataset": "folder:no/such/folder"}}}}, "no/such/folder"),
     ],

@@ -58,6 +58,9 @@ def test_memory_by_part_and_what_makes_it_fit():
     assert lean.memory["params"] / 4 == pytest.approx(832.9e6 + 117.2e6, rel=1e-3), (
         "1,000 classes, and what the head adds"
     )
+    assert "remat" not in cost("F7+", "v4:2x2x1", **F7_PLUS | {"remat": "full"}).advice(), "which it has already"
+    by_stage = cost("F7+", "v4:2x2x1", **F7_PLUS | {"remat": "by_stage"})
+    assert not by_stage.fits and by_stage.advice().startswith("remat full, a smaller")
     big = cost("G/14", "v5e:1x1", epochs=1, examples=1e6, global_batch=1)
     assert not big.fits and "fsdp" in big.advice() and any("does not fit" in line for line in big.lines())
 
@@ -112,6 +115,7 @@ def test_short_stages_are_kept_whole_as_long_as_that_fits():
     "wrong,words",
     [
         ({"variant": "F9"}, "unknown 'F9'"), ({"epochs": 0}, "epochs: 0 is not above 0"), ({"examples": -1}, "examples: -1"),
+        ({"rho": -1.0}, "rho: -1"), ({"rho": float("nan")}, "rho: nan"), ({"examples": 0.5}, "examples: 0.5 is not at least"),
         ({"epochs": float("inf")}, "epochs: inf"), ({"num_classes": 0}, "num_classes: 0"),
         ({"resolution": 200}, r"resolution: 200 is not a multiple of 32, which F0 needs"),
         ({"global_batch": 100}, "global_batch: 100 does not divide among the 64 devices of v4:4x4x4"),
