@@ -40,7 +40,7 @@ def load_big_vision(path: str | os.PathLike, *, num_classes: int | None = None) 
     variant = _recognise(arrays, path)
     if "head/kernel" not in arrays:
         if num_classes is None:
-            raise WeightsError(f"{path.name} has no head; pass num_classes for a new one")
+            raise WeightsError(f"{path.name} has no head: it can be fine-tuned, not evaluated")
         width = arrays["embedding/bias"].size
         arrays |= {"head/kernel": np.zeros((width, num_classes)), "head/bias": np.zeros(num_classes)}
     tokens = arrays["pos_embedding"].shape[1] if "pos_embedding" in arrays else 0

@@ -30,7 +30,7 @@ def finetune_config(
     size below that (our choice). overrides: any parameter. ConfigError for what does not fit together.
     """
     try:
-        loaded, _ = load_weights(weights)
+        loaded, _ = load_weights(weights, num_classes=1)  # its head is not looked at here
     except (OSError, WeightsError) as error:
         raise ConfigError(f"weights: {error}") from None
     FinetuneConfig.refuse_unknown(overrides)

@@ -27,10 +27,11 @@ from nfnet_lib.vit import resample_positions
 TORCH_OF_OLD = pickle.dumps(0x1950A86A20F9469CFC6C, 2)[:-1]  # how files begin that are no zip archives
 
 
-def load_weights(path: str | os.PathLike) -> tuple[LoadedVariant, models.Params]:
+def load_weights(path: str | os.PathLike, *, num_classes: int | None = None) -> tuple[LoadedVariant, models.Params]:
     """(variant, params) of any file or run folder that this library knows, told apart by content.
 
-    A finished run's folder, a released Haiku file, a timm file (.safetensors, torch) or a big_vision ViT (.npz).
+    A finished run's folder, a released Haiku file, a timm file (.safetensors, torch) or a big_vision ViT (.npz), which gets a head
+    of zeros for num_classes where it has none.
     """
     path = Path(path)
     if path.is_dir():
@@ -38,8 +39,9 @@ def load_weights(path: str | os.PathLike) -> tuple[LoadedVariant, models.Params]
         return LoadedVariant(config.variant, num_classes=len(params["head"]["b"]), **config.model_settings), params
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
-    readers = {"pickle": load_deepmind, "safetensors": load_timm, "torch": load_timm, "npz": load_big_vision}
-    return readers[_kind(path)](path)
+    if (kind := _kind(path)) == "npz":
+        return load_big_vision(path, num_classes=num_classes)
+    return load_deepmind(path) if kind == "pickle" else load_timm(path)
 
 
 def _kind(path: Path) -> str:
@@ -132,7 +134,7 @@ def load_pretrained(
     """
     if config.pretrained_weights:
         try:
-            loaded, params = load_weights(located(config.pretrained_weights))
+            loaded, params = load_weights(located(config.pretrained_weights), num_classes=num_classes)
         except (OSError, WeightsError) as error:
             raise ConfigError(f"pretrained_weights: {error}") from None
         if loaded.pixels != "imagenet":

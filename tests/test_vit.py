@@ -313,6 +313,7 @@ def test_settings_of_the_other_family_are_refused():
 def test_weights_for_other_pixels_are_fine_tuned_as_what_they_are(tmp_path):
     """A big_vision file expects pixels in [-1, 1]; a run normalises by channel: the patch embedding takes up the change."""
     from nfnet_lib.config import FinetuneConfig
+    from nfnet_lib.finetune import finetune_config
     from nfnet_lib.step import normalise
     from nfnet_lib.weights import load_pretrained
 
@@ -324,3 +325,7 @@ def test_weights_for_other_pixels_are_fine_tuned_as_what_they_are(tmp_path):
     model = models.create(variant)
     wanted, found = (model.apply(p, normalise(images, kind)) for p, kind in ((params, "unit"), (moved, "imagenet")))
     np.testing.assert_allclose(found, wanted, atol=2e-5 * np.abs(wanted).max(), rtol=0)
+    without = tmp_path / "headless.npz"
+    checkpoint(without, "Ti/4-mini", edit=lambda flat: {name: array for name, array in flat.items() if "head/" not in name})
+    config = finetune_config(without, "digits", batch_size=16, resolution=32)
+    assert load_pretrained(config, tmp_path, 10)["head"]["w"].shape[-1] == 10
