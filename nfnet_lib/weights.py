@@ -30,8 +30,8 @@ TORCH_OF_OLD = pickle.dumps(0x1950A86A20F9469CFC6C, 2)[:-1]  # how files begin t
 def load_weights(path: str | os.PathLike, *, num_classes: int | None = None) -> tuple[LoadedVariant, models.Params]:
     """(variant, params) of any file or run folder that this library knows, told apart by content.
 
-    A finished run's folder, a released Haiku file, a timm file (.safetensors, torch) or a big_vision ViT (.npz), which gets a head
-    of zeros for num_classes where it has none.
+    A finished run's folder, a released Haiku file, a timm file (.safetensors, torch) or a big_vision ViT (.npz), which gets a
+    head of zeros for num_classes where it has none.
     """
     path = Path(path)
     if path.is_dir():
