@@ -15,7 +15,7 @@ from nfnet_lib import models
 from nfnet_lib.augment import default_margin, eval_views
 from nfnet_lib.compiler import options
 from nfnet_lib.config import ConfigError, config_from_params
-from nfnet_lib.decode import FORMATS, rgb
+from nfnet_lib.decode import FORMATS, decode_image
 from nfnet_lib.records import SUMMARY, read_summary
 from nfnet_lib.step import normalise
 from nfnet_lib.weights import load_weights
@@ -133,14 +133,16 @@ def example_picture(
 
 
 def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "H W 3"]:
-    """RGB pixels, turned upright as the camera says (EXIF). ConfigError for what is no picture."""
-    from PIL import Image, ImageOps
+    """RGB pixels as training reads them, turned upright as the camera says (EXIF). ConfigError for what is no picture."""
+    from PIL import ExifTags, Image, ImageOps
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"image: {path} does not exist")
     try:
+        upright = Image.fromarray(decode_image(Path(path).read_bytes()))
         with Image.open(path, formats=FORMATS) as image:  # Pillow has readers of more, some run programs
-            return rgb(ImageOps.exif_transpose(image))
+            upright.getexif()[ExifTags.Base.Orientation] = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return np.asarray(ImageOps.exif_transpose(upright))
     except Exception as error:  # Pillow's readers raise many kinds
         raise ConfigError(f"image: {path} is not a readable picture: {error}") from None
 

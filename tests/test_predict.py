@@ -99,6 +99,9 @@ def test_a_photograph_is_turned_upright(tmp_path):
     exif[0x0112] = 6  # the camera was turned: rotate by a quarter to see it upright
     Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
     np.testing.assert_array_equal(read_image(tmp_path / "turned.png"), np.rot90(pixels, -1))
+    Image.fromarray(pixels).convert("CMYK").save(tmp_path / "print.jpg", exif=exif)
+    trained_on = decode_image((tmp_path / "print.jpg").read_bytes())
+    np.testing.assert_array_equal(read_image(tmp_path / "print.jpg"), np.rot90(trained_on, -1))
 
 
 def test_a_run_folder_is_weights_too(tmp_path):
