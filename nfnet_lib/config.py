@@ -382,7 +382,8 @@ class StudyConfig(BaseModel):
         for name in self.notebooks:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=2, cutoff=0.4) or known
-                raise ConfigError(f"notebooks: {name!r} is not an analysis in notebooks/; did you mean {' or '.join(near)}?")
+                hint = f"did you mean {' or '.join(near)}?"
+                raise ConfigError(f"notebooks: {name!r} is not one of the analyses in notebooks/; {hint}")
         for variant, budgets in self.variant_epoch_budgets.items():
             if variant not in self.variants or not budgets or len(set(budgets)) != len(budgets):
                 raise ConfigError(

@@ -285,9 +285,11 @@ def refuse_other_study(study: StudyConfig, study_dir: Path) -> None:
         return
     now = study.model_dump(mode="json")
     try:
-        before = StudyConfig.model_construct().model_dump(mode="json", warnings=False) | json.loads(path.read_text())
+        known = {key: value for key, value in dict(json.loads(path.read_text())).items() if key in now}
+        before = StudyConfig.model_validate(known).model_dump(mode="json")
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"study: {project_relative(path)} is damaged ({error}); remove it to go on: runs say whose they are")\
+        what = " ".join(str(error).split())[:200]
+        raise ConfigError(f"study: {project_relative(path)} is damaged ({what}); remove it to go on: runs say whose they are")\
             from None
     free = _FREE_TO_CHANGE if any(study_dir.glob("finetune_*")) else _FREE_TO_CHANGE + _OF_FINETUNING
     for key in now:

@@ -349,7 +349,7 @@ def test_a_study_may_grow_but_not_change(path, tmp_path):
          "finetune: bottleneck_rule: 'released' for F1-mini, pre-trained with 'published'; allowed: the same"),
         ({"finetune": {"head": "keep", "num_classes": 7}}, "head: 'keep' for F1-mini, but the data of pre-training have 4"),
         ({"finetune": {"batch_size": 18, "examples_per_epoch": 36}, "comparison_seeds": 1}, "augmult: 4 does not divide"),
-        ({"notebooks": ["02_pretrain"]}, "notebooks: '02_pretrain' is not an analysis"),
+        ({"notebooks": ["02_pretrain"]}, "notebooks: '02_pretrain' is not one of the analyses"),
         ({"finetune": {"exclude": "no/such/list.json"}}, "exclude: no/such/list.json is not a list of ids"),
         ({"families": {"NFNet": {"pretrain": {"dataset": "folder:no/such/folder"}}}}, "no/such/folder"),
     ],
