@@ -66,14 +66,10 @@ def clean_notebook(notebook: dict[str, Any], roots: tuple[Path, ...] = (PROJECT,
 
 
 def _copy_pages(study_dir: Path, source: Path) -> list[str]:
-    """The executed analysis notebooks that the study still has, cleaned; returns their names, the front one first."""
+    """The executed analysis notebooks, cleaned; returns their names, the front one first."""
     pages = []
-    try:
-        wanted = {*json.loads((study_dir / "study.json").read_text())["notebooks"], "03_finetune"}
-    except (OSError, ValueError, KeyError, TypeError):
-        wanted = None
     for path in sorted((study_dir / "analysis").glob("[!.]*.ipynb")):
-        if not path.name.endswith(".partial.ipynb") and (wanted is None or path.stem in wanted):
+        if not path.name.endswith(".partial.ipynb"):
             _write_clean(
                 path, source / f"{path.stem}.ipynb" if path.stem != "index" else source / "overview.ipynb", study_dir
             )
