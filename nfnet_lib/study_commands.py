@@ -49,7 +49,8 @@ def _dry_run(study: StudyConfig, study_dir: Path, only: list[str]) -> int:
     from nfnet_lib.engine import room_for
     from nfnet_lib.records import collect
     from nfnet_lib.report import PUBLISHED
-    from nfnet_lib.study import refuse_other_study, refuse_unknown_cells
+    from nfnet_lib.study import refuse_unknown_cells
+    from nfnet_lib.study_changes import refuse_other_study
     from nfnet_lib.study_plan import plan_sentence, plan_table
 
     refuse_other_study(study, study_dir)

@@ -122,7 +122,12 @@ def save_classes(out_dir: Path, names: Sequence[str]) -> None:
 def trained_classes(weights: str | os.PathLike) -> tuple[str, ...]:
     """Names of a run's classes, in the order of its head; none where they have none, or for a file."""
     path = Path(weights) / CLASSES
-    return tuple(json.loads(path.read_text())) if path.is_file() else ()
+    if not path.is_file():
+        return ()
+    try:
+        return tuple(str(name) for name in list(json.loads(path.read_text())))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path} is damaged: {error}") from None
 
 
 def load_pretrained(

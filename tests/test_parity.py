@@ -24,6 +24,7 @@ torch = pytest.importorskip("torch")
 from nfnet_lib import models  # noqa: E402
 from nfnet_lib.losses import softmax_cross_entropy  # noqa: E402
 from nfnet_lib.pretrained import load_timm, save_timm  # noqa: E402
+from nfnet_lib.weights import load_weights  # noqa: E402
 
 CLASSES = 50
 
@@ -64,6 +65,16 @@ def as_timm(timm, name: str, path):
 
 def images(resolution: int) -> np.ndarray:
     return np.random.default_rng(resolution).standard_normal((2, resolution, resolution, 3)).astype(np.float32)
+
+
+def test_torch_files_of_the_old_kind_are_told_from_pickles(tmp_path):
+    params = models.create("F0-pico", CLASSES).init(jax.random.key(0))
+    save_timm(params, "F0-pico", tmp_path / "new.pth")
+    state = torch.load(tmp_path / "new.pth", weights_only=True)
+    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    for name in ("new.pth", "old.pth"):
+        variant, again = load_weights(tmp_path / name)
+        assert variant == "F0-pico" and jax.tree.all(jax.tree.map(np.array_equal, params, again))
 
 
 @pytest.mark.parametrize("name", ["F0", "F1"])

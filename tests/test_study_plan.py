@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import synthetic
 
-from nfnet_lib import flops, graph, rules, study, study_grid, study_plan
+from nfnet_lib import flops, graph, rules, study, study_changes, study_grid, study_plan
 from nfnet_lib.cell import CellFailed, cell_dir
 from nfnet_lib.cli import main
 from nfnet_lib.config import ConfigError, StudyConfig
@@ -106,9 +106,9 @@ def test_a_dry_run_of_one_cell(path, tmp_path, capsys):
 
 def test_seeds_are_added_to_a_study_without(path, tmp_path):
     write_json(tmp_path / "study.json", StudyConfig.from_file(path, {"pretrain.seed": 3}).model_dump(mode="json"))
-    study.refuse_other_study(StudyConfig.from_file(path, {"pretrain.seed": 3, "seeds": [3, 4]}), tmp_path)
+    study_changes.refuse_other_study(StudyConfig.from_file(path, {"pretrain.seed": 3, "seeds": [3, 4]}), tmp_path)
     with pytest.raises(ConfigError, match=r"seeds: \[0, 1\], but"):
-        study.refuse_other_study(StudyConfig.from_file(path, {"pretrain.seed": 3, "seeds": [0, 1]}), tmp_path)
+        study_changes.refuse_other_study(StudyConfig.from_file(path, {"pretrain.seed": 3, "seeds": [0, 1]}), tmp_path)
 
 
 def test_compared_ways_of_fine_tuning_are_no_cells(tmp_path, monkeypatch):
@@ -299,12 +299,12 @@ def test_a_changed_file_is_refused_but_where_it_runs_may_change(path, tmp_path):
     write_json(folder / "study.json", StudyConfig.from_file(path).model_dump(mode="json"))
     with pytest.raises(ConfigError, match=r"lr_grid: \[0\.1, 0\.2\], but .* holds a study with \[0\.0125"):
         study.run_study(StudyConfig.from_file(path, {"lr_grid": [0.1, 0.2]}), folder)
-    study.refuse_other_study(StudyConfig.from_file(path, {"workers": 1, "retries": 0, "platform": "cuda"}), folder)
+    study_changes.refuse_other_study(StudyConfig.from_file(path, {"workers": 1, "retries": 0, "platform": "cuda"}), folder)
     with pytest.raises(ConfigError, match=r"^pretrain\.num_classes: 8, but .* holds a study with 4;"):
-        study.refuse_other_study(StudyConfig.from_file(path, {"pretrain.num_classes": 8}), folder)
+        study_changes.refuse_other_study(StudyConfig.from_file(path, {"pretrain.num_classes": 8}), folder)
     with pytest.raises(ConfigError, match=r"^pretrain\.flip: False, but .* holds a study with True;"):
-        study.refuse_other_study(StudyConfig.from_file(path, {"pretrain.flip": False}), folder)
-    study.refuse_other_study(StudyConfig.from_file(path, {"pretrain.flip": True}), folder)
+        study_changes.refuse_other_study(StudyConfig.from_file(path, {"pretrain.flip": False}), folder)
+    study_changes.refuse_other_study(StudyConfig.from_file(path, {"pretrain.flip": True}), folder)
     assert main(["study", str(path), "--out", str(folder), "--dry-run", "-p", "pretrain.num_classes=8"]) == 2
 
 
@@ -315,7 +315,7 @@ def test_a_study_may_grow_but_not_change(path, tmp_path):
     write_json(tmp_path / "study.json", StudyConfig.from_file(path, before).model_dump(mode="json"))
 
     def check(**changes):
-        study.refuse_other_study(StudyConfig.from_file(path, before | changes), tmp_path)
+        study_changes.refuse_other_study(StudyConfig.from_file(path, before | changes), tmp_path)
 
     def refused(key, **changes):
         with pytest.raises(ConfigError, match=rf"^{key}: .* holds a study with "):
