@@ -138,17 +138,17 @@ def _graph(study: StudyConfig, study_dir: Path) -> list[Step]:
 
 def _analysis_step(study: StudyConfig, study_dir: Path, name: str, needs: tuple[str, ...]) -> Step:
     def make() -> Work | str:
-        if name == "07_evaluate" and best_run(str(study_dir)) is None:
-            return "not run: no pre-training run is done"
-        return _notebook(study, study_dir, name, _shown(study, study_dir, name), "cpu")
+        shown = _shown(study, study_dir, name)
+        return _notebook(study, study_dir, name, shown, "cpu") if shown else "not run: no pre-training run is done"
 
     return Step(name, needs, make, _executed(name))
 
 
 def _shown(study: StudyConfig, study_dir: Path, name: str) -> dict[str, Any]:
-    """What an analysis notebook is told: the study's folder, or the data that it trains on, or its best run."""
-    if name == "07_evaluate" and (best := best_run(str(study_dir))) is not None:
-        return {"weights": project_relative(best)}
+    """What an analysis notebook is told: the study's folder; 00_data its data, 07_evaluate its best run, if there is one."""
+    if name == "07_evaluate":
+        best = best_run(str(study_dir))
+        return {"weights": project_relative(best)} if best else {}
     if name != "00_data":
         return {"study_dir": project_relative(study_dir)}
     first = pretrain_cells(study)[0]
